@@ -1,0 +1,48 @@
+"""Packaging: the repository root is the package `elsewhere`."""
+
+from setuptools import setup
+from setuptools.command.build_py import build_py
+
+
+class BuildWithoutSetup(build_py):
+    """Leave setup.py out of the root package, where a wheel would otherwise carry it as a module."""
+
+    def find_package_modules(self, package, package_dir):
+        modules = super().find_package_modules(package, package_dir)
+        return [found for found in modules if (found[0], found[1]) != ("elsewhere", "setup")]
+
+
+ROOMS = ["", ".launch", ".launch.engine", ".models", ".kernels", ".data"]
+
+setup(
+    name="elsewhere",
+    version="0.1.0",
+    description="Masked-image pre-training of vision transformers with stochastic and adversarial positions",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=["elsewhere" + room for room in ROOMS],
+    package_dir={"elsewhere": "."},
+    package_data={"elsewhere": ["configs/*.yaml", "configs/published/*.yaml", "ds_configs/*"]},
+    cmdclass={"build_py": BuildWithoutSetup},
+    install_requires=[
+        "torch>=2.11",
+        "torchvision>=0.26",
+        "timm>=1.0.20",
+        "numpy>=1.26",
+        "pillow>=10.1",
+        "pydantic>=2.7",
+        "omegaconf>=2.3",
+        "pyyaml>=6.0",
+        "rich>=13.7",
+        "scikit-learn>=1.4",
+        "tensorboard>=2.16",
+    ],
+    extras_require={
+        "test": ["pytest>=8.0", "safetensors>=0.4.3", "transformers>=4.45", "build>=1.2"],
+        "lint": ["ruff>=0.9", "pyright>=1.1.390"],
+    },
+    entry_points={"console_scripts": ["elsewhere = elsewhere.launch.cli:main"]},
+)
