@@ -1,0 +1,214 @@
+"""I-JEPA with stochastic positions (StoP): encoder, predictor, teacher and loss."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..kernels.stochastic_positions import position_noise, stochastic_positions
+from .positions import Positions
+from .vit import Encoder, Size, init_weights, norm_layer, scale_by_depth, take, transformer_blocks
+
+CONTEXT_STREAM = 1 << 15  # context blocks draw from block numbers of their own
+
+
+class MaskedBatch(Protocol):
+    """What `Jepa.forward` reads of a batch; `context` is `[E, B, Nc]`, `targets` `[T, B, Nt]`."""
+
+    images: Tensor
+    sample_ids: Tensor
+    epoch: int
+    context: Tensor | None
+    targets: Tensor | None
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Stochastic positions: which tokens get noise, its standard deviation, and its covariance.
+
+    `tied` uses the matrix that projects the context (covariance std² W Wᵀ), `fixed` the identity in predictor width.
+    """
+
+    on: str = "targets"  # none | targets | context | both
+    std: float = 0.25
+    covariance: str = "tied"  # tied | fixed
+
+    @property
+    def targets(self) -> bool:
+        return self.on in ("targets", "both")
+
+    @property
+    def context(self) -> bool:
+        return self.on in ("context", "both")
+
+
+class Predictor(nn.Module):
+    """Predicts teacher features of target blocks from context tokens and (stochastic) target positions.
+
+    `mask_token` is what a target token holds beside its position: a `learned` token, the `projection_bias` of the
+    context projection (what the released StoP does), or `none` (the released code with StoP off).
+    """
+
+    def __init__(
+        self,
+        width: int,
+        grid: tuple[int, int],
+        size: Size,
+        stop: Stop | None = None,
+        mask_token: str = "learned",
+        positions: str = "sincos",
+        norm: str = "torch",
+        depth_scaled_init: bool = True,
+    ):
+        super().__init__()
+        self.stop = stop or Stop("none")
+        self.bias_as_token = mask_token == "projection_bias"
+        self.embed = nn.Linear(width, size.width)
+        self.positions = Positions(size.width, grid, positions)
+        self.mask_token = nn.Parameter(torch.empty(size.width)) if mask_token == "learned" else None
+        self.blocks = transformer_blocks(size, norm)
+        self.norm = norm_layer(norm)(size.width)
+        self.proj = nn.Linear(size.width, width)
+        self.apply(init_weights)
+        if depth_scaled_init:
+            scale_by_depth(list(self.blocks))
+        if self.mask_token is not None:
+            nn.init.trunc_normal_(self.mask_token, std=0.02)
+
+    @property
+    def noise_width(self) -> int:
+        """Columns of noise per token: the encoder's width, or the predictor's where the covariance is fixed."""
+        return self.embed.in_features if self.stop.covariance == "tied" else self.embed.out_features
+
+    def _positions(self, patches: Tensor, noise: Tensor | None, bias: bool = False) -> Tensor:
+        """Positions `[R, N, D]` of `patches` `[R, N]`, noised where `noise` is given."""
+        table, offset = self.positions(), self.embed.bias if bias else None
+        if noise is None:
+            return table[patches] + offset if bias else table[patches]
+        if self.stop.covariance == "tied":
+            return stochastic_positions(table, patches, noise, self.embed.weight, self.stop.std, offset)
+        moved = stochastic_positions(table, patches, noise, None, self.stop.std)
+        return moved + offset if bias else moved
+
+    def forward(
+        self,
+        tokens: Tensor,
+        context: Tensor,
+        targets: Tensor,
+        noise: Tensor | None = None,
+        context_noise: Tensor | None = None,
+    ) -> Tensor:
+        """Predictions `[T·E·B, Nt, width]`; rows run over target blocks, then context blocks, then images.
+
+        `tokens` `[E·B, Nc, width]` are the encoder's at `context` `[E, B, Nc]`; `targets` is `[T, B, Nt]`, `noise`
+        `[T, E·B, Nt, noise_width]` and `context_noise` `[E·B, Nc, noise_width]`, standard normal.
+        """
+        blocks, contexts = targets.shape[0], context.shape[0]
+        if noise is not None:
+            noise = noise.flatten(0, 1)
+        known = self.embed(tokens) + self._positions(context.flatten(0, 1), context_noise)
+        wanted = targets[:, None].expand(-1, contexts, -1, -1).flatten(0, 2)  # [T·E·B, Nt]
+        masked = self._positions(wanted, noise, self.bias_as_token)
+        if self.mask_token is not None:
+            masked = masked + self.mask_token
+        x = torch.cat([known.repeat(blocks, 1, 1), masked], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        return self.proj(self.norm(x)[:, known.shape[1] :])
+
+
+class Jepa(nn.Module):
+    """I-JEPA: predict the teacher's features of target blocks from a context block; StoP where `stop` says so.
+
+    `pairing="published"` keeps the released code's mismatch of predictions and targets for two or more context
+    blocks; `compute_dtype` other than float32 enters autocast in `forward` while parameters stay float32.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        predictor: Predictor,
+        *,
+        seed: int = 0,
+        mean: Sequence[float] = (0.485, 0.456, 0.406),
+        std: Sequence[float] = (0.229, 0.224, 0.225),
+        teacher_layers: int = 1,
+        pairing: str = "paired",
+        compute_dtype: torch.dtype = torch.float32,
+    ):
+        super().__init__()
+        self.encoder, self.predictor = encoder, predictor
+        self.teacher = copy.deepcopy(encoder).requires_grad_(False)
+        self.seed, self.teacher_layers, self.pairing, self.compute_dtype = seed, teacher_layers, pairing, compute_dtype
+        self.register_buffer("mean", torch.tensor(mean).reshape(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).reshape(-1, 1, 1), persistent=False)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8 images `[B, C, H, W]` as normalised float32."""
+        return (images.float() / 255 - self.mean) / self.std  # pyright: ignore
+
+    def forward(self, batch: MaskedBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of a batch (a float32 scalar) and detached scalars to log."""
+        assert batch.context is not None and batch.targets is not None, "I-JEPA batches carry masks"
+        noise, context_noise = self.keyed_noise(batch)
+        device = batch.images.device.type
+        with torch.autocast(device, self.compute_dtype, enabled=self.compute_dtype != torch.float32):
+            images = self.normalise(batch.images)
+            predictions, features = self.predict(images, batch.context, batch.targets, noise, context_noise)
+        loss = F.smooth_l1_loss(predictions.float(), features.float())
+        return loss, {"target_std": features.detach().float().flatten(0, 1).std(dim=0).mean()}
+
+    def keyed_noise(self, batch: MaskedBatch) -> tuple[Tensor | None, Tensor | None]:
+        """Noise for targets `[T, E·B, Nt, K]` and context `[E·B, Nc, K]`, keyed by sample; None where unused."""
+        stop, context, targets = self.predictor.stop, batch.context, batch.targets
+        assert context is not None and targets is not None
+        (contexts, images, _), blocks = context.shape, targets.shape[0]
+        draw = lambda ids, block, patches: position_noise(  # noqa: E731
+            self.seed, batch.epoch, ids, block, patches, self.predictor.noise_width
+        )
+        noise = context_noise = None
+        if stop.targets:
+            # Two context blocks of one image predict the same target block from different positions.
+            pair = torch.arange(contexts, device=context.device) * blocks
+            number = torch.arange(blocks, device=context.device)[:, None] + pair  # [T, E]
+            number = number[..., None].expand(-1, -1, images)
+            ids = batch.sample_ids.expand(blocks, contexts, images)
+            wanted = targets[:, None].expand(-1, contexts, -1, -1)
+            noise = draw(ids.flatten(), number.flatten(), wanted.flatten(0, 2)).unflatten(0, (blocks, -1))
+        if stop.context:
+            number = CONTEXT_STREAM + torch.arange(contexts, device=context.device)[:, None].expand(-1, images)
+            ids = batch.sample_ids.expand(contexts, images)
+            context_noise = draw(ids.flatten(), number.flatten(), context.flatten(0, 1))
+        return noise, context_noise
+
+    def predict(
+        self,
+        images: Tensor,
+        context: Tensor,
+        targets: Tensor,
+        noise: Tensor | None = None,
+        context_noise: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Predictions and teacher features, each `[T·E·B, Nt, width]`, of normalised images `[B, C, H, W]`."""
+        contexts, blocks = context.shape[0], targets.shape[0]
+        with torch.no_grad():
+            features = self.teacher(images, last=self.teacher_layers)
+            features = F.layer_norm(features, features.shape[-1:])
+            wanted = torch.cat([take(features, block) for block in targets])  # [T·B, Nt, width]
+            if self.pairing == "published":
+                wanted = wanted.repeat_interleave(contexts, dim=0)
+            elif contexts > 1:
+                wanted = wanted.unflatten(0, (blocks, -1))[:, None].expand(-1, contexts, -1, -1, -1).flatten(0, 2)
+        tokens = self.encoder(images, context)
+        return self.predictor(tokens, context, targets, noise, context_noise), wanted
+
+    @torch.no_grad()
+    def after_step(self, momentum: float) -> None:
+        """Move the float32 teacher towards the student: teacher = momentum · teacher + (1 - momentum) · student."""
+        torch._foreach_lerp_(list(self.teacher.parameters()), list(self.encoder.parameters()), 1.0 - momentum)

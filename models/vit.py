@@ -1,0 +1,196 @@
+"""The vision transformer encoder, on timm's patch embedding and blocks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from timm.layers import PatchEmbed
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from .positions import Positions
+
+
+@dataclass(frozen=True)
+class Size:
+    """Width, depth, heads and MLP ratio of an encoder."""
+
+    width: int
+    depth: int
+    heads: int
+    mlp_ratio: float = 4.0
+
+
+SIZES = {
+    "nano": Size(96, 4, 3),
+    "micro": Size(128, 6, 4),
+    "tiny": Size(192, 12, 3),
+    "small": Size(384, 12, 6),
+    "base": Size(768, 12, 12),
+    "large": Size(1024, 24, 16),
+    "huge": Size(1280, 32, 16),
+    "giant": Size(1408, 40, 16, 48 / 11),
+}
+
+
+def norm_layer(kind: str = "torch") -> Callable[[int], nn.Module]:
+    """LayerNorm (eps 1e-6) of PyTorch, or NVIDIA Apex's fused one.
+
+    Raises ValueError where Apex's is asked for and its package or a GPU is missing.
+    """
+    if kind == "torch":
+        return partial(nn.LayerNorm, eps=1e-6)
+    if kind != "apex":
+        raise ValueError(f"model.norm={kind!r} is not known; choose torch or apex.")
+    if not torch.cuda.is_available():
+        raise ValueError("model.norm=apex needs an NVIDIA GPU and none is visible; use model.norm=torch.")
+    try:
+        from apex.normalization import FusedLayerNorm  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ValueError(
+            "model.norm=apex needs NVIDIA Apex, built from its own repository (the package called apex on PyPI is "
+            "something else); install it or use model.norm=torch."
+        ) from error
+    return partial(FusedLayerNorm, eps=1e-6)
+
+
+def init_weights(module: nn.Module) -> None:
+    """Linear and convolution weights normal with std 0.02 (cut at ±2), biases zero; use with `Module.apply`."""
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def scale_by_depth(blocks: Sequence[nn.Module]) -> None:
+    """Divide each residual branch's last weight by sqrt(2 · layer), so that depth does not inflate the residual."""
+    for layer, block in enumerate(blocks, start=1):
+        for linear in (block.attn.proj, block.mlp.fc2):  # pyright: ignore
+            linear.weight.data.div_(math.sqrt(2.0 * layer))  # pyright: ignore
+
+
+def take(tokens: Tensor, index: Tensor) -> Tensor:
+    """The tokens `[B, N, D]` at `index` `[B, K]`: `[B, K, D]`."""
+    return torch.gather(tokens, 1, index[..., None].expand(-1, -1, tokens.shape[-1]))
+
+
+def transformer_blocks(size: Size, norm: str) -> nn.ModuleList:
+    """`size.depth` pre-norm transformer blocks with biased qkv and exact GELU."""
+    layer = norm_layer(norm)
+    return nn.ModuleList(
+        Block(size.width, size.heads, size.mlp_ratio, qkv_bias=True, norm_layer=layer)  # pyright: ignore
+        for _ in range(size.depth)
+    )
+
+
+class Encoder(nn.Module):
+    """A vision transformer without class token, with timm's feature interface.
+
+    `forward` serves pre-training: `images` `[B, C, H, W]` and, optionally, the patches to keep.
+    Raises ValueError for a size that the patch does not divide.
+    """
+
+    def __init__(
+        self,
+        image_size: tuple[int, int],
+        patch_size: int,
+        channels: int,
+        size: Size,
+        positions: str = "sincos",
+        norm: str = "torch",
+        depth_scaled_init: bool = True,
+    ):
+        super().__init__()
+        self.image_size, self.patch_size, self.channels, self.size = image_size, patch_size, channels, size
+        self.grid = self.grid_of(*image_size)
+        self.num_features = self.embed_dim = self.head_hidden_size = size.width
+        self.patch_embed = PatchEmbed(
+            image_size, patch_size, channels, size.width, strict_img_size=False  # pyright: ignore
+        )
+        self.positions = Positions(size.width, self.grid, positions)
+        self.blocks = transformer_blocks(size, norm)
+        self.norm = norm_layer(norm)(size.width)
+        self.apply(init_weights)
+        if depth_scaled_init:
+            scale_by_depth(list(self.blocks))
+
+    def grid_of(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of patches of an image of `height` × `width` pixels."""
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(
+                f"model.image_size {height}x{width} is not divisible by model.patch_size={self.patch_size}; "
+                f"use {max(1, round(height / self.patch_size)) * self.patch_size}x"
+                f"{max(1, round(width / self.patch_size)) * self.patch_size}, or another patch."
+            )
+        return height // self.patch_size, width // self.patch_size
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Patch tokens with their positions, `[B, N, D]`, at any size that the patch divides."""
+        grid = self.grid_of(*images.shape[-2:])
+        return self.patch_embed(images) + self.positions(grid)
+
+    def forward(self, images: Tensor, keep: Tensor | None = None, last: int = 1) -> Tensor:
+        """Normalised tokens `[B, K, D]`; several selections `keep` `[E, B, K]` give `[E·B, K, D]`.
+
+        `last` > 1 averages the normalised outputs of the last blocks.
+        """
+        tokens = self.embed(images)
+        if keep is not None:
+            tokens = take(tokens, keep) if keep.dim() == 2 else torch.cat([take(tokens, part) for part in keep])
+        outputs = []
+        for i, block in enumerate(self.blocks):
+            tokens = block(tokens)
+            if len(self.blocks) - i <= last:
+                outputs.append(self.norm(tokens))
+        return outputs[0] if len(outputs) == 1 else torch.stack(outputs).mean(dim=0)
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """Normalised tokens of whole images, `[B, N, D]` (timm's interface)."""
+        return self(images)
+
+    def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
+        """Mean of the tokens, `[B, D]` (timm's interface; there is no classifier, so `pre_logits` changes nothing)."""
+        return tokens.mean(dim=1)
+
+    def forward_intermediates(
+        self,
+        images: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        return_prefix_tokens: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Outputs of chosen blocks (timm's interface): `[B, D, rows, columns]`, or `[B, N, D]` for `NLC`.
+
+        `indices` is a number of last blocks, a list of blocks, or None for all; raises ValueError for others.
+        There are no prefix tokens, so `return_prefix_tokens` pairs each output with an empty tensor.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt={output_fmt!r} is not known; choose NCHW or NLC.")
+        depth = len(self.blocks)
+        if isinstance(indices, int):
+            indices = range(depth - indices, depth)
+        wanted = [i % depth if -depth <= i < depth else i for i in (range(depth) if indices is None else indices)]
+        if any(not 0 <= i < depth for i in wanted):
+            raise ValueError(f"indices={list(indices or [])}: this encoder has blocks 0 … {depth - 1}.")
+        tokens = self.embed(images)
+        rows, columns = self.grid_of(*images.shape[-2:])
+        found: list[Tensor] = []
+        last = max(wanted) if stop_early else depth - 1
+        for i, block in enumerate(self.blocks[: last + 1]):
+            tokens = block(tokens)
+            if i in wanted:
+                output = self.norm(tokens) if norm else tokens
+                if output_fmt == "NCHW":
+                    output = output.transpose(1, 2).unflatten(2, (rows, columns))
+                found.append(output)
+        if return_prefix_tokens:
+            empty = tokens.new_empty(tokens.shape[0], 0, tokens.shape[2])
+            found = [(output, empty) for output in found]  # pyright: ignore
+        return found if intermediates_only else (self.norm(tokens), found)
