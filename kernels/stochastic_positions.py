@@ -54,17 +54,16 @@ def position_words(
     return philox(counter, (seed & _LOW, _KEY))
 
 
-def position_noise(
-    seed: int, epoch: int, sample_ids: Tensor, blocks: Tensor, patches: Tensor, columns: int
-) -> Tensor:
+def position_noise(seed: int, epoch: int, sample_ids: Tensor, blocks: Tensor, patches: Tensor, columns: int) -> Tensor:
     """Standard normal noise `[R, N, columns]` float32, a function of its arguments alone.
 
     `sample_ids` and `blocks` are `[R]`, `patches` is `[R, N]`; `seed` has 32 bits, `epoch` 20, ids 44, blocks 16.
     Box–Muller on 23-bit uniforms, which float32 holds exactly, so |noise| <= 5.77.
     """
-    uniform = [((word >> 9).float() + 0.5) * 2.0**-23 for word in position_words(
-        seed, epoch, sample_ids, blocks, patches, columns
-    )]
+    uniform = [
+        ((word >> 9).float() + 0.5) * 2.0**-23
+        for word in position_words(seed, epoch, sample_ids, blocks, patches, columns)
+    ]
     lanes = []
     for radius, angle in (uniform[:2], uniform[2:]):
         length = torch.sqrt(-2.0 * torch.log(radius))

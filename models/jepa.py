@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ..kernels.stochastic_positions import position_noise, stochastic_positions
 from .positions import Positions
-from .vit import Encoder, Size, init_weights, norm_layer, scale_by_depth, take, transformer_blocks
+from .vit import Encoder, Size, encoder_flops, init_weights, norm_layer, scale_by_depth, take, transformer_blocks
 
 CONTEXT_STREAM = 1 << 15  # context blocks draw from block numbers of their own
 
@@ -35,17 +35,17 @@ class Stop:
     `tied` uses the matrix that projects the context (covariance std² W Wᵀ), `fixed` the identity in predictor width.
     """
 
-    on: str = "targets"  # none | targets | context | both
+    where: str = "targets"  # none | targets | context | both
     std: float = 0.25
     covariance: str = "tied"  # tied | fixed
 
     @property
     def targets(self) -> bool:
-        return self.on in ("targets", "both")
+        return self.where in ("targets", "both")
 
     @property
     def context(self) -> bool:
-        return self.on in ("context", "both")
+        return self.where in ("context", "both")
 
 
 class Predictor(nn.Module):
@@ -67,7 +67,7 @@ class Predictor(nn.Module):
         depth_scaled_init: bool = True,
     ):
         super().__init__()
-        self.stop = stop or Stop("none")
+        self.size, self.stop = size, stop or Stop("none")
         self.bias_as_token = mask_token == "projection_bias"
         self.embed = nn.Linear(width, size.width)
         self.positions = Positions(size.width, grid, positions)
@@ -207,6 +207,21 @@ class Jepa(nn.Module):
                 wanted = wanted.unflatten(0, (blocks, -1))[:, None].expand(-1, contexts, -1, -1, -1).flatten(0, 2)
         tokens = self.encoder(images, context)
         return self.predictor(tokens, context, targets, noise, context_noise), wanted
+
+    def flops_per_image(self, contexts: int, context: int, blocks: int, target: int) -> float:
+        """Floating-point operations of one training step per image: matrix products, backward as two forwards.
+
+        `contexts` blocks of `context` tokens predict `blocks` target blocks of `target` tokens; the teacher sees all.
+        """
+        encoder, predictor = self.encoder, self.predictor
+        patches, width, narrow = encoder.grid[0] * encoder.grid[1], encoder.num_features, predictor.embed.out_features
+        patching = 2 * patches * encoder.channels * encoder.patch_size**2 * width
+        student = patching + contexts * encoder_flops(encoder.size, context)
+        teacher = patching + encoder_flops(encoder.size, patches)
+        ends = 2 * contexts * width * narrow * (context + blocks * target)
+        noise = 2 * contexts * blocks * target * width * narrow if predictor.stop.targets else 0
+        predicting = ends + noise + contexts * blocks * encoder_flops(predictor.size, context + target)
+        return 3.0 * (student + predicting) + teacher
 
     @torch.no_grad()
     def after_step(self, momentum: float) -> None:

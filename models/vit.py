@@ -78,6 +78,12 @@ def take(tokens: Tensor, index: Tensor) -> Tensor:
     return torch.gather(tokens, 1, index[..., None].expand(-1, -1, tokens.shape[-1]))
 
 
+def encoder_flops(size: Size, tokens: int) -> float:
+    """Floating-point operations of a forward through the blocks for one sequence of `tokens`."""
+    linear = 2 * tokens * size.width**2 * (4 + 2 * size.mlp_ratio)
+    return size.depth * (linear + 4 * tokens**2 * size.width)
+
+
 def transformer_blocks(size: Size, norm: str) -> nn.ModuleList:
     """`size.depth` pre-norm transformer blocks with biased qkv and exact GELU."""
     layer = norm_layer(norm)
@@ -109,7 +115,11 @@ class Encoder(nn.Module):
         self.grid = self.grid_of(*image_size)
         self.num_features = self.embed_dim = self.head_hidden_size = size.width
         self.patch_embed = PatchEmbed(
-            image_size, patch_size, channels, size.width, strict_img_size=False  # pyright: ignore
+            image_size,
+            patch_size,
+            channels,
+            size.width,
+            strict_img_size=False,  # pyright: ignore
         )
         self.positions = Positions(size.width, self.grid, positions)
         self.blocks = transformer_blocks(size, norm)

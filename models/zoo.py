@@ -41,7 +41,9 @@ def from_released_predictor(state: Mapping[str, Tensor], learned_mask_token: boo
     return out
 
 
-def from_released(checkpoint: Mapping[str, Mapping[str, Tensor]], learned_mask_token: bool = False) -> dict[str, Tensor]:
+def from_released(
+    checkpoint: Mapping[str, Mapping[str, Tensor]], learned_mask_token: bool = False
+) -> dict[str, Tensor]:
     """State of `Jepa` for a released checkpoint `{encoder, predictor, target_encoder, …}`."""
     parts = {
         "encoder": from_released_encoder(checkpoint["encoder"]),

@@ -1,0 +1,8 @@
+"""`python -m elsewhere.launch`, `torchrun -m elsewhere.launch`, `deepspeed --module elsewhere.launch`."""
+
+import sys
+
+from elsewhere.launch.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

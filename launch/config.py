@@ -1,0 +1,351 @@
+"""The typed configuration: recipes in YAML with `base:` inheritance, `key=value` overrides, and their checks.
+
+What changes a run's result (`seed`, `model`, `method`, `mask`, `data`, `optim`, `init`) stands apart from what must
+not (`engine`, `loader`, `checkpoint`, `monitor`, `probe`, `run`).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from .errors import UserError
+
+RECIPES = Path(__file__).resolve().parent.parent / "configs"
+RESULT_SECTIONS = ("seed", "model", "method", "mask", "data", "optim", "init")
+MAY_MOVE = ("data.path", "data.val_path", "data.on_error")  # another machine, the same pictures
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+Range = tuple[Positive, Positive]
+
+
+def _pair(value: Any) -> Any:
+    return (value, value) if isinstance(value, int) else value
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", populate_by_name=True, validate_default=True)
+
+
+class Model(Section):
+    """The encoder: a named size, or that size with some numbers replaced."""
+
+    size: Literal["nano", "micro", "tiny", "small", "base", "large", "huge", "giant"] = "base"
+    width: Count | None = None
+    depth: Count | None = None
+    heads: Count | None = None
+    mlp_ratio: Positive | None = None
+    patch_size: Count = 16
+    image_size: Annotated[tuple[Count, Count], BeforeValidator(_pair)] = (224, 224)
+    channels: Count = 3
+    positions: Literal["sincos", "learned"] = "sincos"
+    norm: Literal["torch", "apex"] = "torch"
+    depth_scaled_init: bool = True
+
+
+class PredictorSection(Section):
+    width: Count = 384
+    depth: Count = 6
+    heads: Count | None = None  # the encoder's
+    positions: Literal["sincos", "learned", "low_resolution"] = "sincos"
+
+
+class StopSection(Section):
+    """Stochastic positions; `std` is a standard deviation, as in the released code that calls it `var`."""
+
+    where: Literal["none", "targets", "context", "both"] = "targets"
+    std: Annotated[float, Field(ge=0)] = 0.25
+    covariance: Literal["tied", "fixed"] = "tied"
+
+
+class Teacher(Section):
+    momentum: Fraction = 0.996
+    final_momentum: Fraction = 1.0
+    layers: Count = 1
+
+
+class Method(Section):
+    kind: Literal["jepa"] = "jepa"
+    predictor: PredictorSection = PredictorSection()
+    stop: StopSection = StopSection()
+    mask_token: Literal["learned", "projection_bias", "none"] = "learned"
+    teacher: Teacher = Teacher()
+    pairing: Literal["paired", "published"] = "paired"
+
+
+class Mask(Section):
+    setting: Literal["recommended", "published"] = "recommended"
+    context_blocks: Count = 1
+    target_blocks: Count = 4
+    context_scale: Range = (0.85, 1.0)
+    target_scale: Range = (0.15, 0.2)
+    target_aspect: Range = (0.75, 1.5)
+    min_keep: Count = 10  # published
+    context_keep: Count | None = None  # recommended; 54 of 196 patches by default
+
+
+class Data(Section):
+    path: str | None = None
+    val_path: str | None = None
+    holdout: Fraction = 0.1
+    on_error: Literal["stop", "skip"] = "stop"
+    mean: list[float] | None = None  # ImageNet's for three channels, else 0.5
+    std: list[Positive] | None = None  # ImageNet's for three channels, else 0.25
+    crop_scale: Range = (0.3, 1.0)
+    crop_aspect: Range = (0.75, 4 / 3)
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+    flip: Fraction = 0.5
+    blur: Fraction = 0.5
+    grayscale: Fraction = 0.2
+    colour_jitter: Annotated[float, Field(ge=0)] = 0.0
+
+
+class FreezeSection(Section):
+    epoch: Annotated[float, Field(ge=0)]
+    strategy: Literal["const", "linear"] = "const"
+
+
+class Optim(Section):
+    kind: Literal["adamw", "apex_adamw"] = "adamw"
+    batch_size: Count = 2048  # images per optimiser step over all ranks
+    epochs: Count = 600
+    lr: Positive = 8e-4
+    start_lr: Annotated[float, Field(ge=0)] = 2e-4
+    final_lr: Annotated[float, Field(ge=0)] = 1e-4
+    warmup_epochs: Annotated[float, Field(ge=0)] = 15
+    weight_decay: Annotated[float, Field(ge=0)] = 0.04
+    final_weight_decay: Annotated[float, Field(ge=0)] = 0.4
+    stretch: Positive = 1.0
+    freeze_lr: FreezeSection | None = None
+    freeze_weight_decay: FreezeSection | None = None
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    eps: Positive = 1e-8
+    clip_grad: Annotated[float, Field(ge=0)] = 0.0
+    clip_scope: Literal["all", "encoder"] = "all"
+
+
+class Init(Section):
+    from_: str | None = Field(default=None, alias="from")
+
+
+class Engine(Section):
+    kind: Literal["ddp"] = "ddp"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+
+
+class LoaderSection(Section):
+    workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    micro_batch: Count | None = None  # images per forward on one rank; None: the rank's whole share
+    prefetch: Count = 2
+
+
+class Checkpoint(Section):
+    every_steps: Annotated[int, Field(ge=0)] = 0  # 0: by time alone
+    every_minutes: Annotated[float, Field(ge=0)] = 10.0  # 0: by steps alone
+    keep: Count = 2
+    keep_every_epochs: Annotated[int, Field(ge=0)] = 0
+
+
+class Monitor(Section):
+    log_every: Count = 10
+    pictures_every: Annotated[int, Field(ge=0)] = 1000
+    collapse_every: Annotated[int, Field(ge=0)] = 200
+    collapse_rank: Annotated[float, Field(ge=1)] = 2.0  # warn below this effective rank
+    peak_tflops: Positive | None = None
+    tensorboard: bool = True
+    progress: bool = True
+
+
+class Probe(Section):
+    """k-NN and linear probe of the frozen teacher on held-out images."""
+
+    every_epochs: Annotated[int, Field(ge=0)] = 0
+    before: bool = True
+    after: bool = True
+    labels_per_class: Count | None = None  # None: every label of the training images taken
+    draws: Count = 1  # repetitions over draws of those labels
+    train_images: Count = 50_000
+    val_images: Count = 10_000
+    neighbours: Count = 20
+
+
+class Run(Section):
+    dir: str | None = None  # runs/RECIPE
+
+
+class Config(Section):
+    """A resolved recipe."""
+
+    about: str = ""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    model: Model = Model()
+    method: Method = Method()
+    mask: Mask = Mask()
+    data: Data = Data()
+    optim: Optim = Optim()
+    init: Init = Init()
+    engine: Engine = Engine()
+    loader: LoaderSection = LoaderSection()
+    checkpoint: Checkpoint = Checkpoint()
+    monitor: Monitor = Monitor()
+    probe: Probe = Probe()
+    run: Run = Run()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dictionaries, lists and numbers, with the names that YAML uses."""
+        return self.model_dump(mode="json", by_alias=True)
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+
+def recipe_names() -> list[str]:
+    """Names of the packaged recipes, e.g. `demo` and `published/stop_vit_b16`."""
+    paths = sorted(RECIPES.rglob("*.yaml"), key=lambda p: (len(p.parts), p))
+    return [p.relative_to(RECIPES).with_suffix("").as_posix() for p in paths]
+
+
+def load_config(recipe: str, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Config:
+    """The configuration of a recipe (a packaged name or a YAML file) with `key=value` overrides.
+
+    Raises UserError for an unknown recipe, key or value.
+    """
+    merged = OmegaConf.create(_read(recipe, None, ()))
+    try:
+        if isinstance(overrides, Mapping):
+            for key, value in overrides.items():
+                OmegaConf.update(merged, key.replace("__", "."), value)
+        else:
+            for item in overrides:
+                if "=" not in item or item.startswith("="):
+                    raise UserError(f"{item!r} is not an override; write key=value, e.g. optim.lr=1e-3.")
+                merged.merge_with_dotlist([item])
+        values = OmegaConf.to_container(merged, resolve=True)
+    except (OmegaConfBaseException, yaml.YAMLError, AttributeError, TypeError) as error:
+        raise UserError(f"The overrides of {recipe} cannot be read: {_first_line(error)}") from error
+    assert isinstance(values, dict)
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        raise UserError(_explain(error)) from error
+    if config.run.dir is None:
+        config.run.dir = str(Path("runs") / (recipe if recipe in recipe_names() else Path(recipe).stem))
+    return config
+
+
+def _read(recipe: str, beside: Path | None, seen: tuple[Path, ...]) -> dict[str, Any]:
+    """The recipe's values over those of its `base` (a recipe, or a list of them, later ones winning)."""
+    path = _find(recipe, beside)
+    if path in seen:
+        raise UserError(f"The recipe {path} is its own base; take the loop of `base:` lines apart.")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"The recipe {path} cannot be read: {_first_line(error)}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"The recipe {path} must hold `key: value` lines.")
+    bases = values.pop("base", None) or []
+    merged = OmegaConf.create({})
+    for base in [bases] if isinstance(bases, str) else bases:
+        merged = OmegaConf.merge(merged, _read(base, path.parent, (*seen, path)))
+    # Through the loader of OmegaConf, which reads 1e-3 as a number where plain YAML reads a word.
+    merged = OmegaConf.merge(merged, OmegaConf.create(yaml.safe_dump(values)))
+    out = OmegaConf.to_container(merged)
+    assert isinstance(out, dict)
+    return out  # pyright: ignore
+
+
+def _find(recipe: str, beside: Path | None) -> Path:
+    for folder in (beside, None):
+        if recipe.endswith((".yaml", ".yml")):
+            path = Path(recipe) if folder is None else folder / recipe
+            if path.is_file():
+                return path.resolve()
+    path = RECIPES / f"{recipe}.yaml"
+    if path.is_file():
+        return path.resolve()
+    near = difflib.get_close_matches(recipe, recipe_names(), 1, 0.4)
+    hint = f"did you mean {near[0]}?" if near else "`elsewhere configs` lists them."
+    raise UserError(f"There is no recipe or file called {recipe}; {hint}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def setting_names(schema: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
+    """Every dotted setting of the schema."""
+    for name, field in schema.model_fields.items():
+        path = prefix + (field.alias or name)
+        yield path
+        nested = [field.annotation, *get_args(field.annotation)]
+        for kind in nested:
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from setting_names(kind, path + ".")
+
+
+def _explain(error: ValidationError) -> str:
+    """One sentence for the first complaint, and how many more there are."""
+    complaints = error.errors()
+    first = complaints[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        near = _nearest(where)
+        text = f"There is no setting {where}; " + (f"did you mean {near}?" if near else "`elsewhere show` lists them.")
+    elif first["type"] == "literal_error":
+        text = f"{where}={first['input']} is not possible; choose {first['ctx']['expected']}."
+    elif first["type"] in ("model_type", "model_attributes_type"):
+        text = f"{where} is a group of settings; set one of them, e.g. {_example(where)}=…."
+    else:
+        text = f"{where}={first['input']!r} is not possible: {first['msg'][0].lower()}{first['msg'][1:]}."
+    more = len({tuple(c["loc"]) for c in complaints}) - 1
+    return text + (f" ({more} more like it.)" if more else "")
+
+
+def _nearest(where: str) -> str | None:
+    names = list(setting_names())
+    head, _, leaf = where.rpartition(".")
+    siblings = {name.rsplit(".", 1)[-1]: name for name in names if name.rpartition(".")[0] == head}
+    near = difflib.get_close_matches(leaf, siblings, 1, 0.6)
+    if near:
+        return siblings[near[0]]
+    by_leaf = [name for name in names if name.rsplit(".", 1)[-1] == leaf]
+    return by_leaf[0] if by_leaf else next(iter(difflib.get_close_matches(where, names, 1, 0.5)), None)
+
+
+def _example(where: str) -> str:
+    return next((name for name in setting_names() if name.startswith(where + ".")), where)
+
+
+def result_settings(config: Config) -> dict[str, Any]:
+    """The settings that change a run's result, flat and by dotted name."""
+    values = config.to_dict()
+    flat = dict(_flatten({section: values[section] for section in RESULT_SECTIONS}))
+    return {key: value for key, value in flat.items() if key not in MAY_MOVE}
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """One line per setting that differs, e.g. `optim.lr: 0.001 -> 0.002`."""
+    return [
+        f"{key}: {before.get(key)} -> {after.get(key)}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    ]

@@ -1,0 +1,19 @@
+"""What a user did wrong, in one sentence with the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class UserError(Exception):
+    """Shown without a traceback; the command exits with status 2."""
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Turn a ValueError of a constructor that checks a user's settings into a UserError."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(str(error)) from error

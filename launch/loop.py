@@ -1,0 +1,59 @@
+"""The loop: batch, loss, backward, step, teacher, log, upkeep."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+
+import torch
+
+from ..data.batch import Batch
+from .engine.ddp import DdpEngine
+from .monitor import Monitor
+from .optim import Schedules, set_step
+
+
+def train(
+    engine: DdpEngine,
+    loader: Iterable[Batch],
+    schedules: Schedules,
+    monitor: Monitor,
+    upkeep: Callable[[int, Batch, int], bool],
+    first: int,
+    last: int,
+) -> int:
+    """Take optimiser steps `first` … `last - 1`, and return how many are finished (fewer, if a signal came)."""
+    batches = iter(loader)
+    device = engine.world.device
+    for step in range(first, last):
+        set_step(engine.optimizer, schedules, step)
+        total, scalars, wait, redraws, skipped, images = torch.zeros((), device=device), {}, 0.0, 0, 0, 0
+        for micro in range(engine.accumulation):
+            asked = time.perf_counter()
+            batch = next(batches)
+            wait += time.perf_counter() - asked
+            assert batch.step == step, "the loader and the loop count the same steps"
+            batch = batch.to(device)
+            loss, values = engine.forward_backward(batch, micro)
+            total += loss / engine.accumulation
+            scalars = {name: scalars.get(name, 0.0) + value / engine.accumulation for name, value in values.items()}
+            redraws, skipped, images = redraws + batch.redraws, skipped + len(batch.skipped), images + len(batch)
+        applied = engine.step()
+        if applied:  # a skipped step leaves the teacher where it is
+            engine.method.after_step(schedules.momentum_at(step))  # pyright: ignore
+        if engine.clipped_norm is not None:
+            scalars["gradient_norm"] = engine.clipped_norm.float()
+        scalars["redraw_rate"] = torch.full((), redraws / images, device=device)
+        scalars["skipped_images"] = torch.full((), float(skipped), device=device)
+        facts = {
+            "epoch": step / schedules.steps_per_epoch,
+            "lr": schedules.lr_at(step),
+            "weight_decay": schedules.weight_decay_at(step),
+            "momentum": schedules.momentum_at(step),
+        }
+        if engine.scaler.enabled:
+            facts |= {"loss_scale": engine.scaler.value, "skipped_steps": float(engine.scaler.skipped)}
+        monitor.record(total, scalars, facts, wait)
+        if upkeep(step + 1, batch, last):
+            return step + 1
+    return last

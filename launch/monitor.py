@@ -1,0 +1,191 @@
+"""What a run shows: banner, progress bar, `metrics.jsonl`, TensorBoard, collapse and non-finite watch."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from .world import World
+
+# Dense half-precision peaks in TFLOP/s, from the makers' data sheets.
+PEAKS = {"B200": 2250.0, "H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "A10G": 125.0, "V100": 125.0}
+
+
+class NonFiniteLoss(Exception):
+    """A loss is not a number; the message names rank and step."""
+
+
+def peak_tflops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """The device's dense peak for `dtype`, where it is known."""
+    if device.type != "cuda" or dtype == torch.float32:
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAKS.items() if part in name), None)
+
+
+def hardware(world: World) -> str:
+    """The devices of this run in a few words."""
+    if world.device.type == "cuda":
+        return f"{world.size} × {torch.cuda.get_device_name(world.device)}"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{world.size} × CPU ({platform.machine()}, {cores} cores on this machine)"
+
+
+def rank_me(features: Tensor) -> float:
+    """Effective rank of features `[B, D]`: exp of the entropy of the singular values (RankMe, Garrido et al. 2023)."""
+    values = torch.linalg.svdvals(features.float())
+    shares = values / values.sum().clamp_min(1e-12) + 1e-7
+    return float(torch.exp(-(shares * shares.log()).sum()))
+
+
+class Monitor:
+    """Collects each step's values on the device and reads them every `every` steps, so that no step waits for them.
+
+    Only rank 0 writes; a loss that is not finite raises `NonFiniteLoss` on every rank. A resumed run drops the
+    rows that an earlier life wrote beyond the checkpoint, since those steps are taken again.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        world: World,
+        console: Console,
+        *,
+        first_step: int,
+        last_step: int,
+        images_per_step: int,
+        flops_per_image: float,
+        peak: float | None,
+        every: int,
+        tensorboard: bool = True,
+        progress: bool = True,
+    ):
+        self.world, self.console, self.every = world, console, every
+        self.images_per_step, self.flops_per_image, self.peak = images_per_step, flops_per_image, peak
+        self.step, self._pending, self._wait = first_step, [], 0.0
+        self._since = time.perf_counter()
+        self._file = self._board = self._progress = None
+        if world.first:
+            path = run / "metrics.jsonl"
+            keep_rows_before(path, first_step)
+            self._file = path.open("a", encoding="utf-8")
+            if tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first_step)
+            if progress:
+                self._progress = Progress(
+                    TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+                    TextColumn("{task.fields[text]}"), TimeRemainingColumn(), console=console,
+                )  # fmt: skip
+                self._progress.start()
+                self._task = self._progress.add_task("steps", total=last_step, completed=first_step, text="")
+
+    def record(self, loss: Tensor, scalars: dict[str, Tensor], facts: dict[str, float], wait: float) -> None:
+        """Take one step's device tensors and host numbers; `wait` is the time in seconds it waited for data."""
+        self._pending.append((self.step, loss, scalars, facts))
+        self._wait += wait
+        self.step += 1
+        if self.step % self.every == 0:
+            self.flush()
+
+    def flush(self) -> None:
+        """Read and write what is pending; raises NonFiniteLoss."""
+        if not self._pending:
+            return
+        names = sorted(self._pending[0][2])
+        values = torch.stack([torch.stack([loss, *(s[n] for n in names)]) for _, loss, s, _ in self._pending]).float()
+        ranks = self.world.gather(values).cpu()  # [ranks, steps, 1 + names]
+        now = time.perf_counter()
+        seconds, self._since = now - self._since, now
+        steps = [step for step, *_ in self._pending]
+        bad = (~ranks[..., 0].isfinite()).nonzero()
+        means = ranks.double().mean(dim=0).tolist()
+        rate = self.images_per_step * len(steps) / seconds
+        speed = {"images_per_s": round(rate, 2), "data_wait": round(self._wait / seconds, 4)}
+        if self.peak:
+            speed["mfu"] = round(rate * self.flops_per_image / (self.peak * 1e12 * self.world.size), 4)
+        if self.world.device.type == "cuda":
+            speed["memory_gb"] = round(torch.cuda.max_memory_allocated(self.world.device) / 1e9, 3)
+        for (step, _, _, facts), (loss, *rest) in zip(self._pending, means, strict=True):
+            row = {"step": step, "loss": loss, **facts, **dict(zip(names, rest, strict=True))}
+            self._write({**row, **(speed if step == steps[-1] else {})})
+            last = row
+        self._pending, self._wait = [], 0.0
+        if self._board:
+            for name, value in {**last, **speed}.items():
+                if name != "step":
+                    self._board.add_scalar(f"train/{name}", value, last["step"])
+        if self._progress:
+            text = f"loss {last['loss']:.4f}  lr {last['lr']:.2e}  {rate:,.0f} images/s"
+            self._progress.update(self._task, completed=steps[-1] + 1, text=text)
+        if len(bad):
+            rank, at = bad[torch.argmin(bad[:, 1])].tolist()
+            raise NonFiniteLoss(
+                f"The loss of rank {rank} at step {steps[at]} is not finite; the last checkpoint is from before it. "
+                "Lower optim.lr, use engine.precision=float32 or bfloat16, or look at the images of that step."
+            )
+
+    def note(self, values: dict[str, Any], group: str) -> None:
+        """Write numbers that belong to the step just finished, beside the training rows."""
+        step = self.step - 1
+        self._write({"step": step, "group": group, **values})
+        if self._board:
+            for name, value in values.items():
+                if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+                    self._board.add_scalar(f"{group}/{name}", value, step)
+
+    def picture(self, name: str, image: Tensor) -> None:
+        """Show a picture, uint8 `[3, H, W]`, in TensorBoard."""
+        if self._board:
+            self._board.add_image(name, image, self.step)
+
+    def say(self, text: str) -> None:
+        """A line above the progress bar."""
+        if self.world.first:
+            self.console.print(text, highlight=False, soft_wrap=True)
+
+    def _write(self, row: dict[str, Any]) -> None:
+        if self._file:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+
+    def restart_clock(self) -> None:
+        """Leave the time since the last reading out of the speed (after a probe or a checkpoint)."""
+        self._since = time.perf_counter()
+
+    def close(self) -> None:
+        if self._progress:
+            self._progress.stop()
+        if self._board:
+            self._board.close()
+        if self._file:
+            self._file.close()
+
+
+def keep_rows_before(path: Path, step: int) -> None:
+    """Drop rows of `step` and later, and a last line cut short by a kill, from a metrics file."""
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = []
+    for line in lines:
+        try:
+            if line.endswith("\n") and json.loads(line)["step"] < step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue
+    if len(kept) < len(lines):
+        aside = path.with_suffix(".jsonl.part")
+        aside.write_text("".join(kept), encoding="utf-8")
+        os.replace(aside, path)

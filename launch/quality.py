@@ -1,0 +1,130 @@
+"""How good a frozen encoder is: k-NN and a linear probe of its features on held-out images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from ..data.augment import evaluation_view
+from ..data.decode import UnreadableImage
+from ..data.images import Source
+from ..data.streams import generator
+from ..models.jepa import Jepa
+from .config import Probe
+from .world import World
+
+
+class _Views(Dataset):
+    """Evaluation views of chosen images; an unreadable one counts as none."""
+
+    def __init__(self, source: Source, indices: np.ndarray, size: tuple[int, int], interpolation: str):
+        self.source, self.indices, self.size, self.interpolation = source, indices, size, interpolation
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, int] | None:
+        index = int(self.indices[i])
+        try:
+            image = self.source.read(index)
+        except UnreadableImage:
+            return None
+        return evaluation_view(image, self.size, self.interpolation), self.source.label(index)
+
+
+def _stack(items: list) -> tuple[torch.Tensor, torch.Tensor]:
+    items = [item for item in items if item is not None]
+    images = torch.stack([image for image, _ in items]) if items else torch.empty(0)
+    return images, torch.tensor([label for _, label in items], dtype=torch.int64)
+
+
+@torch.no_grad()
+def features(
+    method: Jepa, source: Source, indices: np.ndarray, interpolation: str, world: World, workers: int, batch: int = 128
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean teacher tokens `[n, width]` float32 and labels `[n]` of the images at `indices`, the same on all ranks."""
+    views = _Views(source, indices[world.rank :: world.size], method.encoder.image_size, interpolation)
+    loader = DataLoader(views, batch, num_workers=workers, collate_fn=_stack)
+    training = method.training
+    method.eval()
+    found, labels = [], []
+    for images, label in loader:
+        if len(images):
+            images = method.normalise(images.to(world.device))
+            with torch.autocast(world.device.type, method.compute_dtype, method.compute_dtype != torch.float32):
+                tokens = method.teacher(images)
+            found.append(tokens.float().mean(dim=1).cpu().numpy())
+            labels.append(label.numpy())
+    method.train(training)
+    width = method.encoder.num_features
+    mine = (np.concatenate(found) if found else np.empty((0, width), np.float32), np.concatenate([*labels, []]))
+    parts = world.gather_host(mine)
+    return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts]).astype(np.int64)
+
+
+def few_labels(labels: np.ndarray, per_class: int, seed: int, draw: int) -> np.ndarray:
+    """Indices of `per_class` images of every class (all, of a class that has fewer), another choice for each draw."""
+    rng = generator(seed, "few labels", draw)
+    return np.concatenate([rng.permutation(np.flatnonzero(labels == c))[:per_class] for c in np.unique(labels)])
+
+
+def knn_accuracy(train: np.ndarray, labels: np.ndarray, val: np.ndarray, truth: np.ndarray, neighbours: int) -> float:
+    """Share of `val` `[m, D]` whose class wins the vote of its nearest in `train`, weighted by exp(cosine / 0.07).
+
+    Features are standardised by training statistics first: an encoder without class token has a large common mean
+    (its positions), beside which the cosines of any two images differ by rounding alone.
+    """
+    from sklearn.neighbors import KNeighborsClassifier
+    from sklearn.preprocessing import StandardScaler
+
+    def weights(distances: np.ndarray) -> np.ndarray:
+        return np.exp(-distances / 0.07)
+
+    classifier = KNeighborsClassifier(min(neighbours, len(train)), weights=weights, metric="cosine", algorithm="brute")
+    scaler = StandardScaler().fit(train)
+    return float(classifier.fit(scaler.transform(train), labels).score(scaler.transform(val), truth))
+
+
+def linear_accuracy(train: np.ndarray, labels: np.ndarray, val: np.ndarray, truth: np.ndarray) -> float:
+    """Share of `val` `[m, D]` that logistic regression on `train`, standardised by training statistics, gets right."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300, tol=1e-3))
+    return float(model.fit(train, labels).score(val, truth))
+
+
+def probe(
+    method: Jepa, train: Source, val: Source, section: Probe, interpolation: str, seed: int, world: World, workers: int
+) -> dict[str, Any] | None:
+    """k-NN and linear accuracy (0…1) of the frozen teacher; None without labels of two classes or more.
+
+    With few labels per class the figures are means over `draws` choices of them, beside their standard deviation.
+    """
+    chosen = [
+        generator(seed, f"probe {split}", 0).permutation(len(source))[:count]
+        for split, source, count in (("train", train, section.train_images), ("val", val, section.val_images))
+    ]
+    if len({train.label(int(i)) for i in chosen[0][:1000]} - {-1}) < 2 or not len(chosen[1]):
+        return None
+    known, labels = features(method, train, chosen[0], interpolation, world, workers)
+    asked, truth = features(method, val, chosen[1], interpolation, world, workers)
+    result: dict[str, Any] | None = None
+    if world.first:
+        scores = []
+        for draw in range(section.draws if section.labels_per_class else 1):
+            picked = slice(None)
+            if section.labels_per_class:
+                picked = few_labels(labels, section.labels_per_class, seed, draw)
+            some = known[picked], labels[picked], asked, truth
+            scores.append((knn_accuracy(*some, section.neighbours), linear_accuracy(*some)))
+        mean, spread = np.mean(scores, axis=0), np.std(scores, axis=0)
+        result = {"knn": mean[0], "linear": mean[1], "train_images": len(labels), "val_images": len(truth)}
+        if len(scores) > 1:
+            result |= {"knn_std": spread[0], "linear_std": spread[1], "labels_per_class": section.labels_per_class}
+        result = {key: round(float(v), 5) if isinstance(v, float) else v for key, v in result.items()}
+    return world.gather_host(result)[0]

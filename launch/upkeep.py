@@ -1,0 +1,140 @@
+"""What happens between steps: checkpoints, stop signals, probes, pictures and the collapse watch."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..data.batch import Batch
+from ..models.jepa import Jepa
+from .checkpoint import Checkpoints
+from .config import Config
+from .engine.ddp import DdpEngine
+from .errors import UserError
+from .monitor import Monitor, NonFiniteLoss, rank_me
+from .pictures import draw_masks
+from .world import Signals, World
+
+_STOP, _SAVE = 0, 1
+
+
+class Upkeep:
+    """Called after every step with the number of finished steps; True ends the run early.
+
+    `describe(step)` is what a checkpoint's `about.json` says; `probe(step)` measures the frozen teacher.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        engine: DdpEngine,
+        monitor: Monitor,
+        checkpoints: Checkpoints,
+        steps_per_epoch: int,
+        describe: Callable[[int], dict[str, Any]],
+        probe: Callable[[int], None],
+    ):
+        self.config, self.world, self.engine, self.monitor = config, world, engine, monitor
+        self.checkpoints, self.steps_per_epoch = checkpoints, steps_per_epoch
+        self.describe, self.probe = describe, probe
+        self.signals = Signals(world, 2)
+        self.received: int | None = None
+        self._saved_at: int | None = None
+        self._saved_when = time.monotonic()
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Upkeep:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            try:
+                self._before[number] = signal.signal(number, self._note)
+            except ValueError:  # not the main thread, as in a notebook's worker: then nobody signals us
+                break
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame: object) -> None:
+        """Remember the signal; a second one acts at once."""
+        self.received = number
+        self.signals.raise_flag(_STOP)
+        signal.signal(number, self._before[number])
+
+    def __call__(self, step: int, batch: Batch, last: int) -> bool:
+        epoch_ends = step % self.steps_per_epoch == 0
+        epoch = step // self.steps_per_epoch
+        monitor, checkpoint = self.config.monitor, self.config.checkpoint
+        self._mention_skipped(batch)
+        if monitor.pictures_every and (step == 1 or step % monitor.pictures_every == 0):
+            self._draw(batch)
+        if monitor.collapse_every and step % monitor.collapse_every == 0:
+            self._watch_collapse(batch)
+        every = self.config.probe.every_epochs
+        if every and epoch_ends and epoch % every == 0 and step < last:
+            self.monitor.flush()
+            self.probe(step)
+            self.monitor.restart_clock()
+        if checkpoint.every_minutes and time.monotonic() - self._saved_when >= 60 * checkpoint.every_minutes:
+            self.signals.raise_flag(_SAVE)  # rank by rank, for no two clocks agree: the exchange makes it one decision
+        stop, save = self.signals.exchange()
+        permanent = bool(checkpoint.keep_every_epochs and epoch_ends and epoch % checkpoint.keep_every_epochs == 0)
+        regular = bool(checkpoint.every_steps and step % checkpoint.every_steps == 0)
+        if stop or save or permanent or regular or step == last:
+            self.save(step, permanent)
+        if stop:
+            self.monitor.say(f"Stopped after step {step}; the same command continues from there.")
+        return stop
+
+    def save(self, step: int, permanent: bool = False) -> None:
+        """Write a checkpoint of `step` finished steps, after a look that its numbers are finite."""
+        if self._saved_at == step:
+            return
+        self.monitor.flush()
+        finite = torch.stack([value.isfinite().all() for value in self.engine.method.parameters()]).all()
+        if not bool(finite):
+            raise NonFiniteLoss(
+                f"Weights are not finite after step {step - 1} (rank {self.world.rank}); the last checkpoint is from "
+                "before it. Lower optim.lr, or use engine.precision=float32."
+            )
+        failure = None
+        if self.world.first:
+            try:
+                state = {"engine": self.engine.state_dict(), "step": step}
+                self.checkpoints.save(state, self.describe(step), permanent)
+            except UserError as error:
+                failure = str(error)
+        failure = self.world.gather_host(failure)[0]
+        if failure:
+            raise UserError(failure)
+        self._saved_at, self._saved_when = step, time.monotonic()
+        self.monitor.restart_clock()
+
+    def _mention_skipped(self, batch: Batch) -> None:
+        for line in batch.skipped:
+            self.monitor.console.print(f"Skipped an unreadable image (rank {self.world.rank}): {line}", highlight=False)
+
+    def _draw(self, batch: Batch) -> None:
+        if batch.context is not None and batch.targets is not None:
+            grid = self.engine.method.encoder.grid  # pyright: ignore
+            self.monitor.picture("masks", draw_masks(batch.images, batch.context, batch.targets, grid))
+
+    @torch.no_grad()
+    def _watch_collapse(self, batch: Batch) -> None:
+        method = self.engine.method
+        assert isinstance(method, Jepa)
+        with torch.autocast(self.world.device.type, method.compute_dtype, method.compute_dtype != torch.float32):
+            tokens = method.teacher(method.normalise(batch.images))
+        pooled = self.world.gather(tokens.float().mean(dim=1)).flatten(0, 1)
+        rank, spread = rank_me(pooled), float(pooled.std(dim=0).mean() / pooled.square().mean().sqrt().clamp_min(1e-12))
+        self.monitor.note({"rank_me": round(rank, 4), "feature_std": round(spread, 6)}, "collapse")
+        if rank < self.config.monitor.collapse_rank:
+            self.monitor.say(
+                f"The teacher's features have an effective rank of {rank:.2f} (monitor.collapse_rank="
+                f"{self.config.monitor.collapse_rank:g}): they may have collapsed; look at the probe and at optim.lr."
+            )

@@ -1,0 +1,120 @@
+"""Who this process is among all that train together: rank, device, and the few collectives the loop needs."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .errors import UserError
+
+
+@dataclass
+class World:
+    """One process of a run; `size` 1 needs no process group at all."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    host_group: dist.ProcessGroup | None = None  # gloo, for small messages that must not wait for the GPU
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def gather(self, values: Tensor) -> Tensor:
+        """`values` of every rank, stacked in front: `[size, …]` on every rank."""
+        if self.size == 1:
+            return values[None]
+        out = [torch.empty_like(values) for _ in range(self.size)]
+        dist.all_gather(out, values.contiguous())
+        return torch.stack(out)
+
+    def gather_host(self, value: object) -> list:
+        """A picklable object of every rank, on every rank, over the host group."""
+        if self.size == 1:
+            return [value]
+        out: list = [None] * self.size
+        dist.all_gather_object(out, value, group=self.host_group)
+        return out
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier(group=self.host_group)
+
+    def close(self) -> None:
+        if self.size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def pick_device(wanted: str, local_rank: int) -> torch.device:
+    """The device of this process; raises UserError where CUDA is asked for and there is none."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError("engine.device=cuda, but no NVIDIA GPU is visible; use engine.device=cpu or auto.")
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"Process {local_rank} of this machine has no GPU of its own ({torch.cuda.device_count()} visible); "
+            "start fewer processes per node, or use engine.device=cpu."
+        )
+    return torch.device("cuda", local_rank)
+
+
+def join(device: str = "auto") -> World:
+    """Read torchrun's (or the deepspeed launcher's) environment and join the other processes, if any."""
+    try:
+        rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    except ValueError as error:
+        raise UserError(f"RANK, WORLD_SIZE and LOCAL_RANK must be numbers, as torchrun sets them: {error}.") from error
+    where = pick_device(device, local_rank)
+    world = World(rank, size, local_rank, local_size, where)
+    if where.type == "cuda":
+        torch.cuda.set_device(where)
+    if size > 1:
+        dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
+        world.host_group = dist.new_group(backend="gloo")
+    return world
+
+
+class Signals:
+    """Flags that all ranks must see at the same step: any rank raises one, all act on it one step later.
+
+    The exchange of step t is waited for at step t + 1, so no step stands still for it.
+    """
+
+    def __init__(self, world: World, count: int):
+        self.world, self.count = world, count
+        self._flags = torch.zeros(count, dtype=torch.int32)
+        self._pending: dist.Work | None = None
+        self._sent = torch.zeros(count, dtype=torch.int32)
+
+    def raise_flag(self, index: int) -> None:
+        self._flags[index] = 1
+
+    def exchange(self) -> list[bool]:
+        """Flags that some rank had raised by the previous call (by this one, alone); each is seen once."""
+        if self.world.size == 1:
+            seen = self._flags.bool().tolist()
+            self._flags.zero_()
+            return seen
+        seen = [False] * self.count
+        if self._pending is not None:
+            self._pending.wait()
+            seen = self._sent.bool().tolist()
+        self._sent = self._flags.clone()
+        self._flags.zero_()
+        self._pending = dist.all_reduce(self._sent, dist.ReduceOp.MAX, group=self.world.host_group, async_op=True)
+        return seen
+
+    def finish(self) -> None:
+        """Wait for the exchange that is still under way."""
+        if self._pending is not None:
+            self._pending.wait()
+            self._pending = None
