@@ -1,0 +1,247 @@
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from dataclasses import fields
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from elsewhere.data.augment import Augment
+from elsewhere.data.decode import UnreadableImage
+from elsewhere.data.images import DataError, Digits, ImageFolder
+from elsewhere.data.loader import Batches, Loader, Request, Requests, order
+from elsewhere.data.streams import uniforms
+
+AUGMENT = Augment(size=(8, 8), colour_jitter=0.5)
+
+
+def masks(seed, epoch, step, sample_ids):
+    drawn = (uniforms(seed, "mask", epoch, sample_ids, 3 + step % 2) * 16).astype(np.int64)
+    return SimpleNamespace(context=drawn[None], targets=np.stack([drawn, drawn]), redraws=int(drawn.sum() % 7))
+
+
+class Numbered:
+    """100 images of their own number; those in `bad` cannot be read."""
+
+    channels = 5
+    classes = None
+
+    def __init__(self, bad=(), n=100):
+        self.bad, self.n = set(bad), n
+
+    def __len__(self):
+        return self.n
+
+    def read(self, i):
+        if i in self.bad:
+            raise UnreadableImage(self.name(i), "cut off")
+        return np.full((6, 9, 5), i, dtype=np.uint8)
+
+    def label(self, i):
+        return i
+
+    def name(self, i):
+        return f"numbered[{i}]"
+
+
+def loader(source=None, augment=AUGMENT, masks=masks, **changes):
+    settings = {"seed": 3, "global_batch": 24, "micro_batch": 6, "stop_step": 7, **changes}
+    return Loader(Numbered() if source is None else source, augment, masks, **settings)
+
+
+def assert_equal(one, other):
+    assert len(one) == len(other)
+    for a, b in zip(one, other, strict=True):
+        for field in fields(a):
+            x, y = getattr(a, field.name), getattr(b, field.name)
+            assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y, field.name
+
+
+def test_order_is_a_permutation_of_seed_and_epoch():
+    assert sorted(order(0, 0, 50)) == list(range(50))
+    assert np.array_equal(order(4, 2, 50), order(4, 2, 50))
+    assert not np.array_equal(order(4, 2, 50), order(4, 3, 50))
+    assert not np.array_equal(order(4, 2, 50), order(5, 2, 50))
+
+
+def test_requests_follow_the_order_across_epochs():
+    requests = list(Requests(n=100, seed=3, global_batch=24, micro_batch=6, stop_step=9))
+    assert len(requests) == 36
+    assert [r.step for r in requests] == [step for step in range(9) for _ in range(4)]
+    assert [r.micro for r in requests] == [0, 1, 2, 3] * 9
+    assert [r.epoch for r in requests] == [0] * 16 + [1] * 16 + [2] * 4
+    for epoch in (0, 1):
+        ids = np.concatenate([r.ids for r in requests if r.epoch == epoch])
+        assert np.array_equal(ids, order(3, epoch, 100)[:96])
+
+
+def test_ranks_together_see_the_global_batch_of_one():
+    one = list(Requests(n=100, seed=3, global_batch=24, micro_batch=24, stop_step=9))
+    ranks = [Requests(n=100, seed=3, global_batch=24, micro_batch=4, rank=r, world=3, stop_step=9) for r in range(3)]
+    listed = [list(rank) for rank in ranks]
+    assert [len(rank) for rank in ranks] == [len(rank) for rank in listed] == [18] * 3
+    for step, whole in enumerate(one):
+        parts = [r.ids for rank in listed for r in rank if r.step == step]
+        assert np.array_equal(np.concatenate(parts), whole.ids)
+
+
+def test_images_and_masks_of_ranks_are_those_of_one():
+    whole = list(loader(micro_batch=24))
+    parts = [list(loader(micro_batch=6, rank=r, world=2)) for r in range(2)]
+    for step, batch in enumerate(whole):
+        mine = [b for rank in parts for b in rank if b.step == step]
+        assert torch.equal(torch.cat([b.images for b in mine]), batch.images)
+        assert torch.equal(torch.cat([b.context for b in mine], dim=1), batch.context)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_any_number_of_workers_gives_the_same_batches(workers):
+    assert_equal(list(loader(Numbered(bad=[5, 17]))), list(loader(Numbered(bad=[5, 17]), workers=workers)))
+
+
+@pytest.mark.parametrize("start", [2, 5])
+def test_a_later_start_gives_the_rest_of_the_same_run(start):
+    late = list(loader(start_step=start))
+    assert_equal([batch for batch in loader() if batch.step >= start], late)
+    assert len(loader(start_step=start)) == len(late) == (7 - start) * 4
+
+
+def test_views_change_with_epoch_and_seed_only():
+    source = Digits("train")
+    first = next(iter(loader(source, global_batch=6)))
+    batches = Batches(source, AUGMENT, masks, seed=3)
+    again = batches[Request(0, 99, 1, first.sample_ids.numpy())]
+    assert torch.equal(again.images, first.images)
+    assert torch.equal(again.labels, torch.tensor([source.label(int(i)) for i in first.sample_ids]))
+    later = batches[Request(1, 0, 0, first.sample_ids.numpy())]
+    assert not torch.equal(later.images, first.images)
+    other = Batches(source, AUGMENT, masks, seed=4)[Request(0, 0, 0, first.sample_ids.numpy())]
+    assert not torch.equal(other.images, first.images)
+
+
+def test_a_batch_holds_what_the_step_needs():
+    batch = next(iter(loader(start_step=5)))
+    assert batch.images.shape == (6, 5, 8, 8)
+    assert batch.images.dtype == torch.uint8
+    assert (batch.epoch, batch.step) == (1, 5)
+    expected = masks(3, 1, 5, batch.sample_ids.numpy())
+    assert np.array_equal(batch.context.numpy(), expected.context)
+    assert np.array_equal(batch.targets.numpy(), expected.targets)
+    assert batch.redraws == expected.redraws
+    bare = next(iter(loader(masks=None)))
+    assert bare.context is None
+    assert bare.targets is None
+
+
+def test_the_global_random_state_is_left_alone():
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    list(loader(stop_step=1))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_an_unreadable_image_is_replaced_by_the_next_and_named():
+    batch = Batches(Numbered(bad=[7, 8, 99]), AUGMENT, masks, seed=3)[Request(2, 0, 0, np.array([7, 1, 99]))]
+    assert batch.sample_ids.tolist() == [9, 1, 0]
+    assert batch.labels.tolist() == [9, 1, 0]
+    assert batch.skipped == ["numbered[7]: cut off", "numbered[8]: cut off", "numbered[99]: cut off"]
+    clean = Batches(Numbered(), AUGMENT, masks, seed=3)[Request(2, 0, 0, np.array([9, 1, 0]))]
+    assert torch.equal(batch.images, clean.images)
+    assert torch.equal(batch.context, clean.context)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_stop_ends_with_one_sentence(workers):
+    with pytest.raises(DataError) as caught:
+        list(loader(Numbered(bad=[7]), on_error="stop", workers=workers))
+    assert str(caught.value) == (
+        "An image cannot be read (numbered[7]: cut off): repair or remove it, or set loader.on_error=skip."
+    )
+    assert caught.value.__cause__ is None
+
+
+def test_skip_gives_up_when_nothing_reads():
+    with pytest.raises(DataError, match="100 images in a row cannot be read"):
+        next(iter(loader(Numbered(bad=range(300), n=300))))
+
+
+def test_skip_reads_a_broken_file_of_a_folder(tmp_path):
+    for i in range(8):
+        Image.new("RGB", (10, 12), (i, i, i)).save(tmp_path / f"{i}.png")
+    (tmp_path / "3.png").write_bytes((tmp_path / "3.png").read_bytes()[:30])
+    batch = next(iter(loader(ImageFolder(str(tmp_path)), global_batch=8, micro_batch=8)))
+    assert sorted(batch.sample_ids.tolist()) == [0, 1, 2, 4, 4, 5, 6, 7]
+    assert len(batch.skipped) == 1
+    assert batch.skipped[0].startswith(str(tmp_path / "3.png") + ": ")
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"global_batch": 128, "micro_batch": 32}, "has 100 images.*optim.batch_size to 96 or less"),
+        ({"global_batch": 25}, "optim.batch_size to 24 or 30, or loader.micro_batch to 1 or 5"),
+        ({"global_batch": 20, "world": 3}, "optim.batch_size to 18 or 36"),
+        ({"micro_batch": 0}, "loader.micro_batch=0"),
+        ({"on_error": "ignore"}, "choose skip or stop"),
+    ],
+)
+def test_sizes_that_do_not_fit_name_those_that_do(changes, sentence):
+    with pytest.raises(DataError, match=sentence):
+        loader(**changes)
+
+
+class Killed(Numbered):
+    def read(self, i):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_worker_is_one_sentence():
+    with pytest.raises(DataError, match=r"worker died.*loader\.workers"):
+        list(loader(Killed(), workers=1))
+
+
+class Signalled(Numbered):
+    def read(self, i):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return super().read(i)
+
+
+def test_workers_outlive_the_signals_that_end_a_run():
+    assert len(list(loader(Signalled(), workers=1, stop_step=2))) == 8
+
+
+def test_an_exception_in_the_loop_leaves_no_worker_to_wait_for():
+    code = """if True:
+        from elsewhere.data.augment import Augment
+        from elsewhere.data.images import Digits
+        from elsewhere.data.loader import Loader
+        batches = iter(Loader(Digits(), Augment(size=8), None, seed=0, global_batch=8, micro_batch=8, workers=2,
+                              stop_step=10**6))
+        next(batches)
+        raise RuntimeError("in the loop")
+    """
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert out.returncode == 1
+    assert out.stderr.strip().endswith("RuntimeError: in the loop")
+
+
+class Wrong(Numbered):
+    def read(self, i):
+        raise KeyError("a mistake in the code")
+
+
+def test_other_exceptions_keep_their_traceback():
+    with pytest.raises(KeyError, match="a mistake in the code"):
+        list(loader(Wrong(), workers=1))
+
+
+def test_what_a_worker_needs_pickles():
+    batches = Batches(Digits("train"), AUGMENT, None, seed=0)
+    request = Request(0, 0, 0, np.arange(4))
+    assert_equal([pickle.loads(pickle.dumps(batches))[request]], [batches[request]])
