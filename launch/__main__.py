@@ -2,7 +2,7 @@
 
 import sys
 
-from elsewhere.launch.cli import main
+from elsewhere.launch.cli import main  # pyright: ignore
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _COMMANDS[parsed.command](parsed)
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0" or not getattr(error, "shared", False):
+        if os.environ.get("RANK", "0") == "0" or not error.shared:
             print(f"elsewhere: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # `elsewhere configs | head`

@@ -303,7 +303,7 @@ def _explain(error: ValidationError) -> str:
         near = _nearest(where)
         text = f"There is no setting {where}; " + (f"did you mean {near}?" if near else "`elsewhere show` lists them.")
     elif first["type"] == "literal_error":
-        text = f"{where}={first['input']} is not possible; choose {first['ctx']['expected']}."
+        text = f"{where}={first['input']} is not possible; choose {first.get('ctx', {})['expected']}."
     elif first["type"] in ("model_type", "model_attributes_type"):
         text = f"{where} is a group of settings; set one of them, e.g. {_example(where)}=…."
     else:

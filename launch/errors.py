@@ -7,7 +7,14 @@ from contextlib import contextmanager
 
 
 class UserError(Exception):
-    """Shown without a traceback; the command exits with status 2."""
+    """Shown without a traceback; the command exits with status 2.
+
+    `shared` says that every rank raises the same error, so that the first alone prints it.
+    """
+
+    def __init__(self, message: str, shared: bool = False):
+        super().__init__(message)
+        self.shared = shared
 
 
 @contextmanager

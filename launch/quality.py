@@ -83,7 +83,12 @@ def knn_accuracy(train: np.ndarray, labels: np.ndarray, val: np.ndarray, truth: 
     def weights(distances: np.ndarray) -> np.ndarray:
         return np.exp(-distances / 0.07)
 
-    classifier = KNeighborsClassifier(min(neighbours, len(train)), weights=weights, metric="cosine", algorithm="brute")
+    classifier = KNeighborsClassifier(
+        min(neighbours, len(train)),
+        weights=weights,  # pyright: ignore
+        metric="cosine",
+        algorithm="brute",
+    )
     scaler = StandardScaler().fit(train)
     return float(classifier.fit(scaler.transform(train), labels).score(scaler.transform(val), truth))
 

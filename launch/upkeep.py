@@ -37,7 +37,7 @@ class Upkeep:
         checkpoints: Checkpoints,
         steps_per_epoch: int,
         describe: Callable[[int], dict[str, Any]],
-        probe: Callable[[int], None],
+        probe: Callable[[int], object],
     ):
         self.config, self.world, self.engine, self.monitor = config, world, engine, monitor
         self.checkpoints, self.steps_per_epoch = checkpoints, steps_per_epoch
@@ -121,8 +121,9 @@ class Upkeep:
 
     def _draw(self, batch: Batch) -> None:
         if batch.context is not None and batch.targets is not None:
-            grid = self.engine.method.encoder.grid  # pyright: ignore
-            self.monitor.picture("masks", draw_masks(batch.images, batch.context, batch.targets, grid))
+            method = self.engine.method
+            assert isinstance(method, Jepa)
+            self.monitor.picture("masks", draw_masks(batch.images, batch.context, batch.targets, method.encoder.grid))
 
     @torch.no_grad()
     def _watch_collapse(self, batch: Batch) -> None:

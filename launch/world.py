@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..data.images import DataError
 from .errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -43,6 +48,23 @@ class World:
         dist.all_gather_object(out, value, group=self.host_group)
         return out
 
+    def agree(self, build: Callable[[], T]) -> T:
+        """`build()` on every rank; what a user did wrong on any rank is raised on all, so that none waits for ever."""
+        value, failure = _attempt(build)
+        self._raise_all(failure)
+        return value  # pyright: ignore
+
+    def first_decides(self, build: Callable[[], T]) -> T:
+        """`build()` on rank 0, its (picklable) result or what the user did wrong on every rank."""
+        value, failure = _attempt(build) if self.first else (None, None)
+        self._raise_all(failure)
+        return self.gather_host(value)[0]
+
+    def _raise_all(self, failure: str | None) -> None:
+        failures = list(dict.fromkeys(text for text in self.gather_host(failure) if text))
+        if failures:
+            raise UserError(" ".join(failures), shared=True)
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier(group=self.host_group)
@@ -50,6 +72,13 @@ class World:
     def close(self) -> None:
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _attempt(build: Callable[[], T]) -> tuple[T | None, str | None]:
+    try:
+        return build(), None
+    except (UserError, DataError) as error:
+        return None, str(error)
 
 
 def pick_device(wanted: str, local_rank: int) -> torch.device:
@@ -79,7 +108,7 @@ def join(device: str = "auto") -> World:
         torch.cuda.set_device(where)
     if size > 1:
         dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
-        world.host_group = dist.new_group(backend="gloo")
+        world.host_group = dist.new_group(backend="gloo")  # pyright: ignore
     return world
 
 

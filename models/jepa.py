@@ -88,13 +88,14 @@ class Predictor(nn.Module):
 
     def _positions(self, patches: Tensor, noise: Tensor | None, bias: bool = False) -> Tensor:
         """Positions `[R, N, D]` of `patches` `[R, N]`, noised where `noise` is given."""
-        table, offset = self.positions(), self.embed.bias if bias else None
+        table = self.positions()
         if noise is None:
-            return table[patches] + offset if bias else table[patches]
-        if self.stop.covariance == "tied":
-            return stochastic_positions(table, patches, noise, self.embed.weight, self.stop.std, offset)
-        moved = stochastic_positions(table, patches, noise, None, self.stop.std)
-        return moved + offset if bias else moved
+            found = table[patches]
+        elif self.stop.covariance == "tied":
+            found = stochastic_positions(table, patches, noise, self.embed.weight, self.stop.std)
+        else:
+            found = stochastic_positions(table, patches, noise, None, self.stop.std)
+        return found + self.embed.bias if bias else found
 
     def forward(
         self,
@@ -226,4 +227,6 @@ class Jepa(nn.Module):
     @torch.no_grad()
     def after_step(self, momentum: float) -> None:
         """Move the float32 teacher towards the student: teacher = momentum · teacher + (1 - momentum) · student."""
-        torch._foreach_lerp_(list(self.teacher.parameters()), list(self.encoder.parameters()), 1.0 - momentum)
+        torch._foreach_lerp_(  # pyright: ignore
+            list(self.teacher.parameters()), list(self.encoder.parameters()), 1.0 - momentum
+        )

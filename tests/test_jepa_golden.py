@@ -94,7 +94,9 @@ def test_train_steps(golden, close):
     from elsewhere.launch.optim import Schedules, clip_gradients, make_optimizer, set_step
 
     config, about = golden.config, golden.about["info"]
-    method = Jepa(build_encoder(config), build_predictor(config), teacher_layers=config["target_blocks"], pairing="published")
+    method = Jepa(
+        build_encoder(config), build_predictor(config), teacher_layers=config["target_blocks"], pairing="published"
+    )
     state = {part: golden.part(f"state.{part}") for part in ("encoder", "predictor", "target_encoder")}
     method.load_state_dict(from_released(state))
     opt = config["opt"]
@@ -135,7 +137,9 @@ def test_train_steps(golden, close):
         if stage and golden.part(f"{stage}.encoder"):
             for part in ("encoder", "target_encoder"):
                 module = method.encoder if part == "encoder" else method.teacher
-                compare_named(close, dict(module.named_parameters()), from_released_encoder(golden.part(f"{stage}.{part}")), ())
+                compare_named(
+                    close, dict(module.named_parameters()), from_released_encoder(golden.part(f"{stage}.{part}")), ()
+                )
             predictor = from_released_predictor(golden.part(f"{stage}.predictor"))
             if predictor:
                 compare_named(close, dict(method.predictor.named_parameters()), predictor, ())

@@ -19,7 +19,11 @@ def test_every_step_of_every_run(golden):
             final_weight_decay=run["final_wd"], stretch=run["ipe_scale"],
             freeze_lr=freeze(run, "lr"), freeze_weight_decay=freeze(run, "wd"),
         )  # fmt: skip
-        for key, value in (("lr", schedules.lr_at), ("wd", schedules.weight_decay_at), ("momentum", schedules.momentum_at)):
+        for key, value in (
+            ("lr", schedules.lr_at),
+            ("wd", schedules.weight_decay_at),
+            ("momentum", schedules.momentum_at),
+        ):
             expected = golden.tensors[f"out.{name}.{key}"].numpy()
             found = np.array([value(step) for step in range(len(expected))])
             assert np.abs(found - expected).max() <= 1e-12, f"{name}: {key} at step {np.abs(found - expected).argmax()}"

@@ -40,7 +40,7 @@ class LossScaler:
         """Divide gradients by the scale, in place; a flag on their device: 1.0 if any is not finite."""
         gradients = list(gradients)
         found = torch.zeros((), device=gradients[0].device)
-        torch._amp_foreach_non_finite_check_and_unscale_(
+        torch._amp_foreach_non_finite_check_and_unscale_(  # pyright: ignore
             gradients, found, torch.full((), 1.0 / self.value, device=found.device)
         )
         return found

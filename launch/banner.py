@@ -1,0 +1,67 @@
+"""What a run says about itself: the banner at its start, its probes, and its end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from .config import Config
+from .monitor import hardware
+from .parts import Parts
+from .world import World
+
+
+def say(console: Console, text: str) -> None:
+    """A line as it is: no markup, no wrapping."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _millions(module: nn.Module) -> str:
+    return f"{sum(p.numel() for p in module.parameters()) / 1e6:.2f} M"
+
+
+def banner(console: Console, config: Config, world: World, parts: Parts, start: str, notes: list[str]) -> None:
+    """Hardware, precision and why, sizes, batch and steps, and where the run starts."""
+    method, batch = parts.method, config.optim.batch_size
+    dtype = str(method.compute_dtype).removeprefix("torch.")
+    micro = f" × {parts.accumulation} micro-batches" if parts.accumulation > 1 else ""
+    rows, columns = method.encoder.grid
+    held_out = f"{len(parts.val):,} held out" if parts.val is not None else "none held out"
+    lines = {
+        "run": f"{config.run.dir}  ({config.about})" if config.about else config.run.dir,
+        "hardware": f"{hardware(world)}, torch {torch.__version__}",
+        "precision": f"{dtype} ({parts.precision_reason}); parameters and teacher float32",
+        "model": f"encoder {_millions(method.encoder)}, predictor {_millions(method.predictor)} parameters, "
+        f"{rows}×{columns} patches, noise on {config.method.stop.where}, {parts.gflops_per_image:.3g} GFLOP an image",
+        "data": f"{len(parts.train):,} images to train, {held_out}, {parts.workers} workers",
+        "batch": f"{batch} = {world.size} ranks × {parts.micro_batch}{micro}; {parts.steps_per_epoch} steps an epoch, "
+        f"{parts.steps} in all",
+        "start": start,
+    }
+    for name, text in lines.items():
+        say(console, f"{name:10} {text}")
+    for note in notes:
+        say(console, note)
+
+
+def accuracy(when: str, found: dict[str, Any]) -> str:
+    """A probe in one line."""
+    few = f", {found['labels_per_class']} labels per class" if "labels_per_class" in found else ""
+    spread = {k: f" ± {100 * found[k + '_std']:.1f}" if k + "_std" in found else "" for k in ("knn", "linear")}
+    return (
+        f"probe {when}{few}: k-NN {100 * found['knn']:.1f}{spread['knn']} %, "
+        f"linear {100 * found['linear']:.1f}{spread['linear']} %"
+    )
+
+
+def summary(console: Console, run: Path, steps: int, before: dict | None, after: dict | None) -> None:
+    """What training brought, and how to get at the encoder."""
+    if before and after:
+        for key, name in (("knn", "k-NN"), ("linear", "linear")):
+            old, new = 100 * before[key], 100 * after[key]
+            say(console, f"{name:10} {old:.1f} % before -> {new:.1f} % after ({new - old:+.1f} points)")
+    say(console, f"Finished: {steps} steps in {run}; elsewhere.load({str(run)!r}) gives the encoder.")

@@ -1,0 +1,93 @@
+"""What a run is made of, put together from its configuration without a word to the other ranks."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..data.augment import Augment
+from ..data.images import Source, TorchDataset, open_source
+from ..models.jepa import Jepa
+from .build import build_augment, build_masks, build_method, build_schedules
+from .config import Config
+from .engine.precision import choose_precision
+from .errors import UserError
+from .optim import Schedules
+from .world import World
+
+
+@dataclass
+class Parts:
+    """Method, sources, masks, augmentation and schedules of a run, and how its batch divides."""
+
+    method: Jepa
+    train: Source
+    val: Source | None
+    masks: Any
+    augment: Augment
+    schedules: Schedules
+    micro_batch: int
+    accumulation: int
+    steps_per_epoch: int
+    steps: int
+    workers: int
+    precision_reason: str
+    gflops_per_image: float
+
+
+def assemble(config: Config, world: World, dataset: Any = None, val_dataset: Any = None) -> Parts:
+    """Build the parts; raises UserError or DataError for everything in the configuration that cannot work."""
+    method = build_method(config)
+    masks, augment = build_masks(config, method.encoder.grid), build_augment(config)
+    train, val = _sources(config, dataset, val_dataset)
+    share, micro = _shares(config, world, len(train))
+    train.read(0)  # a wrong number of channels shows here, not in a worker
+    method.compute_dtype, reason = choose_precision(config.engine.precision, world.device)
+    per_epoch = len(train) // config.optim.batch_size
+    first = masks(config.seed, 0, 0, np.arange(min(64, len(train))))
+    tokens = (first.context.shape[0], first.context.shape[2], first.targets.shape[0], first.targets.shape[2])
+    return Parts(
+        method=method, train=train, val=val, masks=masks, augment=augment,
+        schedules=build_schedules(config, per_epoch), micro_batch=micro, accumulation=share // micro,
+        steps_per_epoch=per_epoch, steps=per_epoch * config.optim.epochs, workers=_workers(config, world),
+        precision_reason=reason, gflops_per_image=method.flops_per_image(*tokens) / 1e9,
+    )  # fmt: skip
+
+
+def _sources(config: Config, dataset: Any, val_dataset: Any) -> tuple[Source, Source | None]:
+    channels, data = config.model.channels, config.data
+    if dataset is not None:
+        return TorchDataset(dataset, channels), TorchDataset(val_dataset, channels) if val_dataset is not None else None
+    if data.path is None:
+        raise UserError("Say where the images are: data.path=FOLDER, data.path=cifar10:FOLDER, or data.path=digits.")
+    train = open_source(data.path, "train", channels, data.holdout)
+    if data.val_path is None and data.holdout == 0 and len(train) == 0:
+        raise UserError(f"{data.path} holds no images.")
+    return train, open_source(data.val_path or data.path, "val", channels, data.holdout)
+
+
+def _shares(config: Config, world: World, images: int) -> tuple[int, int]:
+    """Images of a step for each rank, and of each of its micro-batches."""
+    batch = config.optim.batch_size
+    if images < batch:
+        raise UserError(
+            f"The data set has {images} images, less than one optim.batch_size={batch}; set it to {images} or less."
+        )
+    if batch % world.size:
+        raise UserError(f"optim.batch_size={batch} does not divide among {world.size} processes; make it a multiple.")
+    share = batch // world.size
+    micro = config.loader.micro_batch or share
+    if share % micro:
+        raise UserError(f"loader.micro_batch={micro} does not divide the {share} images of a process; use a divisor.")
+    return share, micro
+
+
+def _workers(config: Config, world: World) -> int:
+    """Loader processes of this rank: as configured, or the cores that its trainer leaves."""
+    if config.loader.workers != "auto":
+        return config.loader.workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(16, max(0, cores // world.local_size - 1))

@@ -1,0 +1,76 @@
+"""Where a run goes on: its folder, its newest undamaged checkpoint, and whether the settings are still the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .checkpoint import Checkpoints, Saved, lock
+from .config import Config, differences, result_settings
+from .engine.ddp import DdpEngine
+from .errors import UserError
+from .parts import Parts
+
+
+def open_run(run: Path, checkpoints: Checkpoints, fresh: bool, held: list[int]) -> tuple[Saved | None, list[str]]:
+    """The checkpoint to go on from, and what is damaged; the folder's lock is added to `held`.
+
+    Raises UserError if `fresh` meets a run, if another process holds the folder, or if every checkpoint is damaged.
+    """
+    held.append(lock(run))
+    if fresh and ((run / "metrics.jsonl").exists() or checkpoints.folders()):
+        raise UserError(f"--fresh: {run} holds a run already; move it away yourself, or choose another run.dir.")
+    checkpoints.clean()
+    saved, complaints = checkpoints.newest()
+    if saved is None and complaints:
+        raise UserError(
+            f"None of the {len(complaints)} checkpoints in {checkpoints.folder} can be used. {complaints[0]} Restore "
+            "one from elsewhere, or start anew with another run.dir."
+        )
+    return saved, complaints
+
+
+def describe(config: Config, parts: Parts, step: int, ranks: int, before: dict | None) -> dict[str, Any]:
+    """What a checkpoint says of itself, for a later start to compare with."""
+    return {
+        "step": step,
+        "epoch": step / parts.steps_per_epoch,
+        "samples": len(parts.train),
+        "before": before,
+        "config": config.to_dict(),
+        "result_settings": result_settings(config),
+        "precision": str(parts.method.compute_dtype).removeprefix("torch."),
+        "ranks": ranks,
+        "torch": torch.__version__,
+    }
+
+
+def check_same(config: Config, parts: Parts, saved: Saved, allow_change: bool) -> list[str]:
+    """Notes on what differs without harm; UserError where a setting that changes the result is another than before."""
+    changed = differences(saved.about["result_settings"], result_settings(config))
+    if len(parts.train) != saved.about["samples"]:
+        changed.append(f"images to train: {saved.about['samples']} -> {len(parts.train)}")
+    if changed and not allow_change:
+        raise UserError(
+            f"The run in {config.run.dir} was started with other settings ({'; '.join(changed)}): set them back, "
+            "choose another run.dir, or pass --allow-config-change."
+        )
+    notes = [f"changed    {line}" for line in changed]
+    precision = str(parts.method.compute_dtype).removeprefix("torch.")
+    if precision != saved.about["precision"]:
+        notes.append(f"changed    precision: {saved.about['precision']} -> {precision}; losses will differ slightly")
+    return notes
+
+
+def restore(engine: DdpEngine, saved: Saved) -> None:
+    """Take up the state of a checkpoint; UserError if it is of another model."""
+    try:
+        engine.load_state_dict(saved.load(engine.world.device)["engine"])
+    except (RuntimeError, ValueError, KeyError) as error:
+        lines = str(error).splitlines()
+        raise UserError(
+            f"{saved.path} does not fit this recipe ({lines[min(1, len(lines) - 1)].strip()}); set model, method and "
+            "optim back, or choose another run.dir."
+        ) from error
