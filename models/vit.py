@@ -184,11 +184,10 @@ class Encoder(nn.Module):
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt={output_fmt!r} is not known; choose NCHW or NLC.")
         depth = len(self.blocks)
-        if isinstance(indices, int):
-            indices = range(depth - indices, depth)
-        wanted = [i % depth if -depth <= i < depth else i for i in (range(depth) if indices is None else indices)]
-        if any(not 0 <= i < depth for i in wanted):
-            raise ValueError(f"indices={list(indices or [])}: this encoder has blocks 0 … {depth - 1}.")
+        chosen = range(depth) if indices is None else range(-indices, 0) if isinstance(indices, int) else indices
+        wanted = [i % depth if -depth <= i < depth else i for i in chosen]
+        if not wanted or any(not 0 <= i < depth for i in wanted):
+            raise ValueError(f"indices={indices}: this encoder has blocks 0 … {depth - 1}.")
         tokens = self.embed(images)
         rows, columns = self.grid_of(*images.shape[-2:])
         found: list[Tensor] = []
