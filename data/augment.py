@@ -176,13 +176,14 @@ class Augment:
 def evaluation_view(image: np.ndarray, size: int | tuple[int, int], interpolation: str = "bicubic") -> Tensor:
     """The deterministic view, uint8 `[H, W, C]` -> uint8 `[C, *size]`: resize to cover 8/7 of `size`, centre crop.
 
-    8/7 is the usual 256 for 224. An image that has the wanted size already (digits, CIFAR) is given unchanged.
+    8/7 is the usual 256 for 224. An image no larger than `size` (digits, CIFAR) is shown whole, and unchanged if it
+    has that size already: cutting a border off what must be enlarged loses more than it gains.
     """
     height, width = _height_width(size)
     h, w = image.shape[:2]
     if (h, w) == (height, width):
         return _planes(image)
-    tall, wide = height * 8 // 7, width * 8 // 7
+    tall, wide = (height * 8 // 7, width * 8 // 7) if h > height or w > width else (height, width)
     upright = tall * w >= wide * h
     resized = (tall, max(wide, tall * w // h)) if upright else (max(tall, wide * h // w), wide)
     top, left = round((resized[0] - height) / 2), round((resized[1] - width) / 2)

@@ -28,6 +28,10 @@ class DataError(ValueError):
     """The data are not as the recipe says; the message tells in one sentence what to do."""
 
 
+class NoHeldOutImages(DataError):
+    """There is no val split, and none is to be taken from train."""
+
+
 class Source(Protocol):
     """Images by index. A source is picklable and small, because each worker process has a copy."""
 
@@ -348,7 +352,7 @@ class Channels:
         if source.channels != channels and (source.channels, channels) not in ((1, 3), (3, 1)):
             raise DataError(
                 f"The images have {source.channels} channel(s), but the recipe expects {channels}: "
-                f"set data.channels={source.channels}."
+                f"set model.channels={source.channels}."
             )
         self._source = source
         self.channels = channels
@@ -396,11 +400,11 @@ def held_out(n: int, holdout: float) -> np.ndarray:
     Raises `DataError` for a share outside 0 … 0.9 or for a single image.
     """
     if not 0 <= holdout <= 0.9:
-        raise DataError(f"holdout={holdout} is a share of the images: choose 0 … 0.9.")
+        raise DataError(f"data.holdout={holdout} is a share of the images: choose 0 … 0.9.")
     if not holdout:
         return np.empty(0, dtype=np.int64)
     if n < 2:
-        raise DataError(f"{n} image(s) cannot be split into train and val: add images, or set holdout=0.")
+        raise DataError(f"{n} image(s) cannot be split into train and val: add images, or set data.holdout=0.")
     count = min(_MOST_HELD_OUT, max(1, round(n * holdout)))
     return np.sort(generator(0, "held out", 0).permutation(n)[:count])
 
@@ -409,7 +413,7 @@ def _split_off(source: Source, split: str, holdout: float) -> Source:
     indices = held_out(len(source), holdout)
     if split == "val":
         if not len(indices):
-            raise DataError("There is no val split and holdout=0: add one, or hold out a share of train.")
+            raise NoHeldOutImages("There is no val split and data.holdout=0: add one, or hold out a share of train.")
         return Subset(source, indices)
     return Subset(source, np.setdiff1d(np.arange(len(source)), indices, assume_unique=True)) if len(indices) else source
 
@@ -463,7 +467,8 @@ def open_source(path: str, split: str, channels: int, holdout: float = 0.1) -> S
     """The source that `data.path` names: `digits`, `<torchvision set>:DIR` (as cifar10:DIR), or a folder of images.
 
     `split` is train or val. Where there is no val split, the share `holdout` of train (not more than 10,000 images,
-    always the same ones) is val and train goes without. Images have `channels` channels. Raises `DataError`.
+    always the same ones) is val and train goes without. Images have `channels` channels. Raises `DataError`, and its
+    kind `NoHeldOutImages` where there is no val split and `holdout` is 0.
     """
     _check_split(split)
     if path == "digits":

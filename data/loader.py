@@ -185,7 +185,7 @@ class Batches(Dataset[Batch]):
                 error = unreadable
                 if self._on_error == "stop":
                     raise DataError(
-                        f"An image cannot be read ({error}): repair or remove it, or set loader.on_error=skip."
+                        f"An image cannot be read ({error}): repair or remove it, or set data.on_error=skip."
                     ) from None
                 skipped.append(str(error))
         raise DataError(f"{len(skipped)} images in a row cannot be read, the last is {error}: check data.path.")

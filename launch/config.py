@@ -33,7 +33,7 @@ def _pair(value: Any) -> Any:
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", populate_by_name=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", populate_by_name=True, validate_default=True, allow_inf_nan=False)
 
 
 class Model(Section):
@@ -220,19 +220,21 @@ def load_config(recipe: str, overrides: Sequence[str] | Mapping[str, Any] = ()) 
 
     Raises UserError for an unknown recipe, key or value.
     """
-    merged = OmegaConf.create(_read(recipe, None, ()))
+    merged, what = OmegaConf.create(_read(recipe, None, ())), f"The overrides of {recipe}"
     try:
         if isinstance(overrides, Mapping):
             for key, value in overrides.items():
-                OmegaConf.update(merged, key.replace("__", "."), value)
+                OmegaConf.update(merged, key.replace("__", "."), str(value) if isinstance(value, Path) else value)
         else:
             for item in overrides:
+                what = f"The override {item}"
                 if "=" not in item or item.startswith("="):
                     raise UserError(f"{item!r} is not an override; write key=value, e.g. optim.lr=1e-3.")
                 merged.merge_with_dotlist([item])
+            what = f"The overrides of {recipe}"
         values = OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, yaml.YAMLError, AttributeError, TypeError) as error:
-        raise UserError(f"The overrides of {recipe} cannot be read: {_first_line(error)}") from error
+        raise UserError(f"{what} cannot be read: {_first_line(error)}.") from error
     assert isinstance(values, dict)
     try:
         config = Config.model_validate(values)
@@ -296,9 +298,17 @@ def setting_names(schema: type[BaseModel] = Config, prefix: str = "") -> Iterato
 
 def _explain(error: ValidationError) -> str:
     """One sentence for the first complaint, and how many more there are."""
-    complaints = error.errors()
-    first = complaints[0]
-    where = ".".join(str(part) for part in first["loc"])
+    names = set(setting_names())
+    complaints: dict[str, list] = {}
+    # An unknown name first, because a setting that is missing is often the one it was meant for.
+    for complaint in sorted(error.errors(), key=lambda c: c["type"] != "extra_forbidden"):
+        path = [str(part) for part in complaint["loc"]]
+        if complaint["type"] != "extra_forbidden":  # a choice of types adds their names
+            while len(path) > 1 and ".".join(path) not in names and not path[-1].isdigit():
+                path.pop()
+        complaints.setdefault(".".join(path), []).append(complaint)
+    where, same = next(iter(complaints.items()))
+    first = same[0]
     if first["type"] == "extra_forbidden":
         near = _nearest(where)
         text = f"There is no setting {where}; " + (f"did you mean {near}?" if near else "`elsewhere show` lists them.")
@@ -306,21 +316,32 @@ def _explain(error: ValidationError) -> str:
         text = f"{where}={first['input']} is not possible; choose {first.get('ctx', {})['expected']}."
     elif first["type"] in ("model_type", "model_attributes_type"):
         text = f"{where} is a group of settings; set one of them, e.g. {_example(where)}=…."
+    elif first["type"] == "missing":
+        text = f"{where} must be set as well."
     else:
-        text = f"{where}={first['input']!r} is not possible: {first['msg'][0].lower()}{first['msg'][1:]}."
-    more = len({tuple(c["loc"]) for c in complaints}) - 1
+        or_else = "".join(f", or {c['ctx']['expected']}" for c in same[1:] if c["type"] == "literal_error")
+        text = f"{where}={first['input']!r} is not possible: {first['msg'][0].lower()}{first['msg'][1:]}{or_else}."
+    more = len(complaints) - 1
     return text + (f" ({more} more like it.)" if more else "")
 
 
 def _nearest(where: str) -> str | None:
+    """The setting that was meant by an unknown one: its neighbour in spelling, its abbreviation, or its namesake."""
     names = list(setting_names())
     head, _, leaf = where.rpartition(".")
     siblings = {name.rsplit(".", 1)[-1]: name for name in names if name.rpartition(".")[0] == head}
+    for sibling, name in siblings.items():
+        if _initials(leaf) == sibling or leaf == _initials(sibling):
+            return name
     near = difflib.get_close_matches(leaf, siblings, 1, 0.6)
     if near:
         return siblings[near[0]]
-    by_leaf = [name for name in names if name.rsplit(".", 1)[-1] == leaf]
-    return by_leaf[0] if by_leaf else next(iter(difflib.get_close_matches(where, names, 1, 0.5)), None)
+    leaves = {name.rsplit(".", 1)[-1]: name for name in reversed(names)}
+    return leaves.get(next(iter(difflib.get_close_matches(leaf, leaves, 1, 0.7)), ""))
+
+
+def _initials(name: str) -> str:
+    return "".join(word[:1] for word in name.split("_"))
 
 
 def _example(where: str) -> str:

@@ -53,7 +53,9 @@ def encoder_state(path: Path, which: str = "teacher") -> tuple[dict[str, Tensor]
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
-        raise UserError(f"{path} cannot be read as weights: {str(error).splitlines()[0]}") from error
+        raise UserError(
+            f"{path} cannot be read as weights: {(str(error) or type(error).__name__).splitlines()[0]}"
+        ) from error
     key = "target_encoder" if which == "teacher" else "encoder"
     if not isinstance(state, dict) or key not in state:
         raise UserError(f"{path} is not a released StoP or I-JEPA checkpoint: it has no {key}.")

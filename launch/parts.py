@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..data.augment import Augment
-from ..data.images import Source, TorchDataset, open_source
+from ..data.images import NoHeldOutImages, Source, TorchDataset, open_source
 from ..models.jepa import Jepa
 from .build import build_augment, build_masks, build_method, build_schedules
 from .config import Config
@@ -64,9 +64,10 @@ def _sources(config: Config, dataset: Any, val_dataset: Any) -> tuple[Source, So
     if data.path is None:
         raise UserError("Say where the images are: data.path=FOLDER, data.path=cifar10:FOLDER, or data.path=digits.")
     train = open_source(data.path, "train", channels, data.holdout)
-    if data.val_path is None and data.holdout == 0 and len(train) == 0:
-        raise UserError(f"{data.path} holds no images.")
-    return train, open_source(data.val_path or data.path, "val", channels, data.holdout)
+    try:
+        return train, open_source(data.val_path or data.path, "val", channels, data.holdout)
+    except NoHeldOutImages:  # as configured: then nothing is probed
+        return train, None
 
 
 def _shares(config: Config, world: World, images: int) -> tuple[int, int]:

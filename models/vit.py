@@ -59,9 +59,14 @@ def norm_layer(kind: str = "torch") -> Callable[[int], nn.Module]:
 
 
 def init_weights(module: nn.Module) -> None:
-    """Linear and convolution weights normal with std 0.02 (cut at ±2), biases zero; use with `Module.apply`."""
+    """Linear weights normal with std 0.02 (cut at ±2), biases zero; use with `Module.apply`.
+
+    A patch embedding has std 0.02 at 16 × 16 × 3 inputs, as released, and for other patches what keeps its output as
+    large beside the positions: at 0.02, tokens of small patches would hardly differ between images.
+    """
     if isinstance(module, nn.Linear | nn.Conv2d):
-        nn.init.trunc_normal_(module.weight, std=0.02)
+        scale = math.sqrt(768 / module.weight[0].numel()) if isinstance(module, nn.Conv2d) else 1.0
+        nn.init.trunc_normal_(module.weight, std=0.02 * scale)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
 

@@ -62,3 +62,96 @@ def close():
             assert worst <= bound, f"{name}: off by {worst:.2e}, allowed {bound:.2e}"
 
     return check
+
+
+TINY = {
+    "model.width": 24,
+    "model.depth": 2,
+    "model.heads": 3,
+    "method.predictor.width": 12,
+    "method.predictor.depth": 1,
+    "method.predictor.heads": 3,
+    "optim.batch_size": 32,
+    "optim.epochs": 1,
+    "optim.warmup_epochs": 0.2,
+    "data.path": "digits",
+    "loader.workers": 0,
+    "monitor.log_every": 1,
+    "monitor.tensorboard": False,
+    "probe.before": False,
+    "probe.after": False,
+}
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """Settings of a run of seconds on the digits (44 steps an epoch), into `tmp_path/run`, as a dictionary."""
+    return {**TINY, "run.dir": str(tmp_path / "run")}
+
+
+def command_line(settings: dict) -> list[str]:
+    """Settings as `key=value` arguments."""
+    return [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+
+
+def training_rows(run) -> list[dict]:
+    """The rows of a run's metrics that belong to training steps."""
+    rows = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if "group" not in row]
+
+
+@pytest.fixture
+def losses():
+    """The losses of a run by step, exactly as written; steps must follow one another."""
+
+    def read(run) -> list[float]:
+        rows = training_rows(run)
+        assert [row["step"] for row in rows] == list(range(len(rows))), "a step is missing or there twice"
+        return [row["loss"] for row in rows]
+
+    return read
+
+
+@pytest.fixture
+def start():
+    """Start `elsewhere pretrain demo` with settings as a process of its own, single-threaded; killed at the end."""
+    import subprocess
+    import sys
+
+    started = []
+
+    def run(settings: dict, *flags: str, ranks: int = 1) -> subprocess.Popen:
+        launcher = [sys.executable, "-m"]
+        if ranks > 1:
+            launcher += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
+        process = subprocess.Popen(
+            [*launcher, "elsewhere.launch", "pretrain", "demo", *command_line(settings), *flags],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=Path(settings["run.dir"]).parent,
+        )
+        started.append(process)
+        return process
+
+    yield run
+    for process in started:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+@pytest.fixture
+def wait_for_step():
+    """Wait until a run's metrics hold `step`."""
+    import time
+
+    def wait(process, run, step: int, seconds: float = 120.0) -> None:
+        path, end = Path(run) / "metrics.jsonl", time.monotonic() + seconds
+        while not (path.exists() and f'{{"step": {step},' in path.read_text()):
+            assert process.poll() is None, f"the run ended before step {step}: {process.communicate()[0]}"
+            assert time.monotonic() < end, f"step {step} did not come within {seconds} s"
+            time.sleep(0.02)
+
+    return wait

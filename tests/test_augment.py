@@ -188,6 +188,12 @@ def test_evaluation_view_gives_an_image_of_the_wanted_size_unchanged():
     assert difference(CentreView(size=8)(image), image) == 0
 
 
+def test_evaluation_view_shows_a_small_image_whole():
+    image = photo(8, 8, 1)
+    expected = Image.fromarray(image[..., 0]).resize((16, 16), Image.Resampling.BILINEAR)
+    assert difference(evaluation_view(image, 16, "bilinear"), np.asarray(expected)[..., None]) <= 2
+
+
 @pytest.mark.parametrize("shape", [(5, 90), (90, 5), (40, 41)])
 def test_evaluation_view_covers_non_square_sizes(shape):
     assert evaluation_view(photo(*shape), (16, 40)).shape == (3, 16, 40)

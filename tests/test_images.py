@@ -68,7 +68,7 @@ def test_digits_as_rgb_repeat_the_grey():
 
 
 def test_digits_refuse_four_channels():
-    with pytest.raises(DataError, match=r"set data\.channels=1"):
+    with pytest.raises(DataError, match=r"set model\.channels=1"):
         open_source("digits", "train", 4)
 
 

@@ -160,7 +160,7 @@ def test_stop_ends_with_one_sentence(workers):
     with pytest.raises(DataError) as caught:
         list(loader(Numbered(bad=[7]), on_error="stop", workers=workers))
     assert str(caught.value) == (
-        "An image cannot be read (numbered[7]: cut off): repair or remove it, or set loader.on_error=skip."
+        "An image cannot be read (numbered[7]: cut off): repair or remove it, or set data.on_error=skip."
     )
     assert caught.value.__cause__ is None
 
