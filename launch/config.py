@@ -253,7 +253,7 @@ def _read(recipe: str, beside: Path | None, seen: tuple[Path, ...]) -> dict[str,
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"The recipe {path} cannot be read: {_first_line(error)}") from error
+        raise UserError(f"The recipe {path} cannot be read: {_first_line(error)}.") from error
     if not isinstance(values, dict):
         raise UserError(f"The recipe {path} must hold `key: value` lines.")
     bases = values.pop("base", None) or []
@@ -282,6 +282,8 @@ def _find(recipe: str, beside: Path | None) -> Path:
 
 
 def _first_line(error: Exception) -> str:
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+        return f"line {error.problem_mark.line + 1}, {error.problem or error.context}"
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
@@ -311,7 +313,10 @@ def _explain(error: ValidationError) -> str:
     first = same[0]
     if first["type"] == "extra_forbidden":
         near = _nearest(where)
-        text = f"There is no setting {where}; " + (f"did you mean {near}?" if near else "`elsewhere show` lists them.")
+        group = where.rpartition(".")[0]
+        known = [name.rpartition(".")[2] for name in setting_names() if group and name.rpartition(".")[0] == group]
+        listed = f"{group} has {', '.join(known)}." if known else "`elsewhere show` lists them."
+        text = f"There is no setting {where}; " + (f"did you mean {near}?" if near else listed)
     elif first["type"] == "literal_error":
         text = f"{where}={first['input']} is not possible; choose {first.get('ctx', {})['expected']}."
     elif first["type"] in ("model_type", "model_attributes_type"):
