@@ -32,12 +32,20 @@ def pixel_statistics(data: Data, channels: int) -> tuple[list[float], list[float
     return out[0], out[1]
 
 
+def _check_width(section: str, size: Size, positions: str) -> None:
+    if size.width % size.heads:
+        raise UserError(
+            f"{section}.width={size.width} is not divisible by {section}.heads={size.heads}; change one of them."
+        )
+    if size.width % 4 and positions != "learned":
+        raise UserError(f"{section}.width={size.width} is not a multiple of 4, as sin-cos positions need; change it.")
+
+
 def build_encoder(model: Model) -> Encoder:
     """The encoder of a `model` section; UserError for sizes that do not fit together."""
     given = {key: getattr(model, key) for key in ("width", "depth", "heads", "mlp_ratio")}
     size = replace(SIZES[model.size], **{key: value for key, value in given.items() if value is not None})
-    if size.width % size.heads:
-        raise UserError(f"model.width={size.width} is not divisible by model.heads={size.heads}; change one of them.")
+    _check_width("model", size, model.positions)
     with user_errors():
         return Encoder(
             model.image_size, model.patch_size, model.channels, size,
@@ -50,10 +58,11 @@ def build_method(config: Config) -> Jepa:
     torch.manual_seed(config.seed)
     encoder, section = build_encoder(config.model), config.method.predictor
     size = Size(section.width, section.depth, section.heads or encoder.size.heads)
-    if size.width % size.heads:
+    _check_width("method.predictor", size, section.positions)
+    layers = config.method.teacher.layers
+    if layers > encoder.size.depth:
         raise UserError(
-            f"method.predictor.width={size.width} is not divisible by its {size.heads} heads; "
-            "set method.predictor.heads."
+            f"method.teacher.layers={layers} is more than the {encoder.size.depth} layers of the encoder; lower it."
         )
     mean, std = pixel_statistics(config.data, config.model.channels)
     stop = Stop(**config.method.stop.model_dump())
@@ -64,7 +73,7 @@ def build_method(config: Config) -> Jepa:
         )  # fmt: skip
     return Jepa(
         encoder, predictor, seed=config.seed, mean=mean, std=std,
-        teacher_layers=config.method.teacher.layers, pairing=config.method.pairing,
+        teacher_layers=layers, pairing=config.method.pairing,
     )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ RESULT_SECTIONS = ("seed", "model", "method", "mask", "data", "optim", "init")
 MAY_MOVE = ("data.path", "data.val_path", "data.on_error")  # another machine, the same pictures
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 Range = tuple[Positive, Positive]
@@ -127,7 +128,7 @@ class Optim(Section):
     stretch: Positive = 1.0
     freeze_lr: FreezeSection | None = None
     freeze_weight_decay: FreezeSection | None = None
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: Positive = 1e-8
     clip_grad: Annotated[float, Field(ge=0)] = 0.0
     clip_scope: Literal["all", "encoder"] = "all"
