@@ -272,6 +272,15 @@ def test_weights_start_with_their_std(scaled):
         assert abs(parameter.std().item() / expected - 1) < 0.05, name
 
 
+@pytest.mark.parametrize(("patch", "channels"), [(16, 3), (4, 3), (1, 1)])
+def test_a_patch_embedding_starts_as_large_at_any_patch(patch, channels):
+    """Against pixels of std 1, as large as that of 16 × 16 × 3 at std 0.02; 1/sqrt(2 · 4096) is 1.1 %."""
+    torch.manual_seed(0)
+    built = Encoder((patch * 4, patch * 4), patch, channels, Size(256, 1, 1))
+    found = built.patch_embed(torch.randn(16, channels, patch * 4, patch * 4)).square().mean().sqrt().item()
+    assert abs(found / (0.02 * math.sqrt(768)) - 1) < 0.1
+
+
 def test_biases_start_at_zero_and_norms_at_one():
     for name, parameter in deep(True).named_parameters():
         if name.endswith("bias"):
