@@ -1,5 +1,7 @@
 """Packaging: the repository root is the package `elsewhere`."""
 
+from pathlib import Path
+
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
@@ -18,7 +20,7 @@ setup(
     name="elsewhere",
     version="0.1.0",
     description="Masked-image pre-training of vision transformers with stochastic and adversarial positions",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],

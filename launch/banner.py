@@ -10,14 +10,9 @@ from rich.console import Console
 from torch import nn
 
 from .config import Config
-from .monitor import hardware
+from .monitor import hardware, say
 from .parts import Parts
 from .world import World
-
-
-def say(console: Console, text: str) -> None:
-    """A line as it is: no markup, no wrapping."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _millions(module: nn.Module) -> str:

@@ -154,8 +154,11 @@ def _numbered(path: Path) -> Iterator[Path]:
 
 def lock(run: Path) -> int:
     """Hold the run's folder for this process, until it ends; raises UserError if another run has it."""
-    run.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(run / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(run / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise UserError(f"run.dir={run} cannot be written to ({error.strerror}); choose another.") from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

@@ -25,6 +25,11 @@ class NonFiniteLoss(Exception):
     """A loss is not a number; the message names rank and step."""
 
 
+def say(console: Console, text: str) -> None:
+    """A line as it is: no markup, no wrapping."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 def peak_tflops(device: torch.device, dtype: torch.dtype) -> float | None:
     """The device's dense peak for `dtype`, where it is known."""
     if device.type != "cuda" or dtype == torch.float32:
@@ -153,7 +158,7 @@ class Monitor:
     def say(self, text: str) -> None:
         """A line above the progress bar."""
         if self.world.first:
-            self.console.print(text, highlight=False, soft_wrap=True)
+            say(self.console, text)
 
     def _write(self, row: dict[str, Any]) -> None:
         if self._file:

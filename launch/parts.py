@@ -44,7 +44,6 @@ def assemble(config: Config, world: World, dataset: Any = None, val_dataset: Any
     masks, augment = build_masks(config, method.encoder.grid), build_augment(config)
     train, val = _sources(config, dataset, val_dataset)
     share, micro = _shares(config, world, len(train))
-    train.read(0)  # a wrong number of channels shows here, not in a worker
     method.compute_dtype, reason = choose_precision(config.engine.precision, world.device)
     per_epoch = len(train) // config.optim.batch_size
     first = masks(config.seed, 0, 0, np.arange(min(64, len(train))))

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from ..data.loader import Loader
-from .banner import accuracy, banner, say, summary
+from .banner import accuracy, banner, summary
 from .build import build_optimizer
 from .checkpoint import Checkpoints
 from .config import Config, load_config
@@ -20,7 +20,7 @@ from .engine.ddp import DdpEngine
 from .engine.precision import LossScaler
 from .load import start_from
 from .loop import train
-from .monitor import Monitor, peak_tflops
+from .monitor import Monitor, peak_tflops, say
 from .parts import Parts, assemble
 from .quality import probe
 from .resume import check_same, describe, open_run, restore

@@ -14,8 +14,7 @@ from ..models.jepa import Jepa
 from .checkpoint import Checkpoints
 from .config import Config
 from .engine.ddp import DdpEngine
-from .errors import UserError
-from .monitor import Monitor, NonFiniteLoss, rank_me
+from .monitor import Monitor, NonFiniteLoss, rank_me, say
 from .pictures import draw_masks
 from .world import Signals, World
 
@@ -102,22 +101,17 @@ class Upkeep:
                 f"Weights are not finite after step {step - 1} (rank {self.world.rank}); the last checkpoint is from "
                 "before it. Lower optim.lr, or use engine.precision=float32."
             )
-        failure = None
-        if self.world.first:
-            try:
-                state = {"engine": self.engine.state_dict(), "step": step}
-                self.checkpoints.save(state, self.describe(step), permanent)
-            except UserError as error:
-                failure = str(error)
-        failure = self.world.gather_host(failure)[0]
-        if failure:
-            raise UserError(failure)
+        self.world.first_decides(
+            lambda: self.checkpoints.save(
+                {"engine": self.engine.state_dict(), "step": step}, self.describe(step), permanent
+            )
+        )
         self._saved_at, self._saved_when = step, time.monotonic()
         self.monitor.restart_clock()
 
     def _mention_skipped(self, batch: Batch) -> None:
         for line in batch.skipped:
-            self.monitor.console.print(f"Skipped an unreadable image (rank {self.world.rank}): {line}", highlight=False)
+            say(self.monitor.console, f"Skipped an unreadable image (rank {self.world.rank}): {line}")
 
     def _draw(self, batch: Batch) -> None:
         if batch.context is not None and batch.targets is not None:

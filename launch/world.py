@@ -65,10 +65,6 @@ class World:
         if failures:
             raise UserError(" ".join(failures), shared=True)
 
-    def barrier(self) -> None:
-        if self.size > 1:
-            dist.barrier(group=self.host_group)
-
     def close(self) -> None:
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()

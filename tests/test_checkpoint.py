@@ -91,7 +91,7 @@ def test_a_full_disk_is_one_sentence_and_keeps_the_earlier_one(tmp_path, monkeyp
         raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
 
     monkeypatch.setattr("torch.save", full)
-    with pytest.raises(UserError, match="could not be written.*make room"):
+    with pytest.raises(UserError, match=r"could not be written.*make room"):
         save(checkpoints, 2)
     monkeypatch.undo()
     assert inspect(checkpoints.folders()[0]).step == 1

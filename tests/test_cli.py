@@ -12,7 +12,6 @@ import torch
 import yaml
 from PIL import Image
 
-from elsewhere.data.decode import UnreadableImage
 from elsewhere.launch.cli import main
 from elsewhere.launch.config import Config, load_config, recipe_names
 
@@ -23,10 +22,6 @@ SMALL = [
     "optim.warmup_epochs=0", "probe.before=false", "probe.after=false", "loader.workers=0", "engine.device=cpu",
     "monitor.tensorboard=false", "monitor.pictures_every=0", "monitor.collapse_every=0", "monitor.log_every=1",
 ]  # fmt: skip
-
-FIRST_IMAGE = pytest.mark.xfail(
-    reason="launch/parts.py reads image 0 without regard to data.on_error", raises=UnreadableImage, strict=True
-)
 
 
 @pytest.fixture
@@ -154,20 +149,17 @@ def test_unreadable_images_are_skipped_and_counted(pretrain, folder, tmp_path):
     assert counted == out.count("Skipped an unreadable image") > 0
 
 
-@pytest.mark.xfail(reason="launch/upkeep.py prints the line through rich, which wraps it and reads [...] as markup")
 def test_skipped_images_are_named_in_a_line(pretrain, folder, tmp_path):
     _, out, _ = pretrain(folder((10, 11, 20, 21)), "data.on_error=skip", "data.holdout=0")
     for line in (line for line in out.splitlines() if line.startswith("Skipped")):
         assert f" {tmp_path}/images/" in line and line.endswith("not an image in a known format")
 
 
-@FIRST_IMAGE
 @pytest.mark.parametrize("on_error", ["stop", "skip"])
 def test_a_folder_of_unreadable_images_alone(refused, folder, on_error):
     assert "cannot be read" in refused(folder(range(40)), f"data.on_error={on_error}")
 
 
-@FIRST_IMAGE
 def test_the_first_image_may_be_unreadable(pretrain, folder):
     """It is looked at before all others."""
     status, _, err = pretrain(folder([0]), "data.on_error=skip", "data.holdout=0")
@@ -233,7 +225,6 @@ def test_apex_is_refused_without_its_package(refused, override, monkeypatch):
     assert f"{override} needs NVIDIA Apex" in message and "on PyPI is something else" in message
 
 
-@pytest.mark.xfail(reason="launch/checkpoint.py's lock lets mkdir's error through", raises=FileExistsError, strict=True)
 def test_a_run_folder_that_is_a_file(tmp_path, capsys):
     (tmp_path / "file").write_text("mine")
     assert main(["pretrain", "demo", *SMALL, f"run.dir={tmp_path / 'file'}"]) == 2

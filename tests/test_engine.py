@@ -7,10 +7,10 @@ from elsewhere.launch.build import build_method
 from elsewhere.launch.config import load_config
 from elsewhere.launch.engine.ddp import DdpEngine
 from elsewhere.launch.engine.precision import LossScaler, choose_precision
+from elsewhere.launch.monitor import NonFiniteLoss
 from elsewhere.launch.optim import clip_gradients, make_optimizer
 from elsewhere.launch.pretrain import pretrain
 from elsewhere.launch.world import World
-from elsewhere.launch.monitor import NonFiniteLoss
 
 
 def run(settings):
@@ -93,7 +93,7 @@ def test_the_scale_doubles_after_enough_good_steps():
 
 def test_the_smallest_scale_stops_the_run_with_advice():
     scaler = LossScaler(True, scale=2.0**-14)
-    with pytest.raises(FloatingPointError, match="engine.precision=bfloat16"):
+    with pytest.raises(FloatingPointError, match=r"engine.precision=bfloat16"):
         scaler.update(True)
 
 

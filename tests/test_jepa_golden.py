@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from elsewhere.models.jepa import Jepa, Predictor, Stop
 from elsewhere.models.positions import grid_coordinates, sincos
 from elsewhere.models.vit import Encoder, Size

@@ -3,6 +3,7 @@
 import signal
 
 import pytest
+
 from elsewhere.launch.config import load_config
 from elsewhere.launch.errors import UserError
 from elsewhere.launch.pretrain import pretrain
@@ -107,7 +108,7 @@ def test_a_changed_precision_is_announced(tiny, capsys):
 
 def test_fresh_refuses_to_overwrite(tiny):
     assert train(tiny, fresh=True).complete
-    with pytest.raises(UserError, match="--fresh: .* holds a run already"):
+    with pytest.raises(UserError, match=r"--fresh: .* holds a run already"):
         train(tiny, fresh=True)
 
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from elsewhere.launch.optim import Freeze, Schedules
 
 
