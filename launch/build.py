@@ -50,6 +50,7 @@ def build_encoder(model: Model) -> Encoder:
         return Encoder(
             model.image_size, model.patch_size, model.channels, size,
             positions=model.positions, norm=model.norm, depth_scaled_init=model.depth_scaled_init,
+            init_std=model.init_std,
         )  # fmt: skip
 
 
@@ -69,7 +70,7 @@ def build_method(config: Config) -> Jepa:
     with user_errors():
         predictor = Predictor(
             encoder.size.width, encoder.grid, size, stop, config.method.mask_token,
-            section.positions, config.model.norm, config.model.depth_scaled_init,
+            section.positions, config.model.norm, config.model.depth_scaled_init, config.model.init_std,
         )  # fmt: skip
     return Jepa(
         encoder, predictor, seed=config.seed, mean=mean, std=std,

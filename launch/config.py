@@ -51,6 +51,7 @@ class Model(Section):
     positions: Literal["sincos", "learned"] = "sincos"
     norm: Literal["torch", "apex"] = "torch"
     depth_scaled_init: bool = True
+    init_std: Positive = 0.02  # of every Linear; narrow encoders want more, e.g. 0.55 / sqrt(width)
 
 
 class PredictorSection(Section):

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ..kernels.stochastic_positions import position_noise, stochastic_positions
 from .positions import Positions
-from .vit import Encoder, Size, encoder_flops, init_weights, norm_layer, scale_by_depth, take, transformer_blocks
+from .vit import Encoder, Size, encoder_flops, initialise, norm_layer, take, transformer_blocks
 
 CONTEXT_STREAM = 1 << 15  # context blocks draw from block numbers of their own
 
@@ -65,6 +65,7 @@ class Predictor(nn.Module):
         positions: str = "sincos",
         norm: str = "torch",
         depth_scaled_init: bool = True,
+        init_std: float = 0.02,
     ):
         super().__init__()
         self.size, self.stop = size, stop or Stop("none")
@@ -75,9 +76,7 @@ class Predictor(nn.Module):
         self.blocks = transformer_blocks(size, norm)
         self.norm = norm_layer(norm)(size.width)
         self.proj = nn.Linear(size.width, width)
-        self.apply(init_weights)
-        if depth_scaled_init:
-            scale_by_depth(list(self.blocks))
+        initialise(self, self.blocks, init_std, depth_scaled_init)
         if self.mask_token is not None:
             nn.init.trunc_normal_(self.mask_token, std=0.02)
 

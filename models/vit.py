@@ -58,24 +58,24 @@ def norm_layer(kind: str = "torch") -> Callable[[int], nn.Module]:
     return partial(FusedLayerNorm, eps=1e-6)
 
 
-def init_weights(module: nn.Module) -> None:
-    """Linear weights normal with std 0.02 (cut at ±2), biases zero; use with `Module.apply`.
+def initialise(module: nn.Module, blocks: nn.ModuleList, std: float = 0.02, depth_scaled: bool = True) -> None:
+    """Linear weights normal with `std` (cut at ±2), biases zero, LayerNorms one.
 
-    A patch embedding has std 0.02 at 16 × 16 × 3 inputs, as released, and for other patches what keeps its output as
-    large beside the positions: at 0.02, tokens of small patches would hardly differ between images.
+    `depth_scaled` divides the last weight of each residual branch by sqrt(2 · layer), so that depth does not inflate
+    the residual. A patch embedding has std 0.02 at 16 × 16 × 3 inputs, as released, and for other patches what keeps
+    its output as large beside the positions: at 0.02, tokens of small patches would hardly differ between images.
     """
-    if isinstance(module, nn.Linear | nn.Conv2d):
-        scale = math.sqrt(768 / module.weight[0].numel()) if isinstance(module, nn.Conv2d) else 1.0
-        nn.init.trunc_normal_(module.weight, std=0.02 * scale)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-
-
-def scale_by_depth(blocks: Sequence[nn.Module]) -> None:
-    """Divide each residual branch's last weight by sqrt(2 · layer), so that depth does not inflate the residual."""
-    for layer, block in enumerate(blocks, start=1):
-        for linear in (block.attn.proj, block.mlp.fc2):  # pyright: ignore
-            linear.weight.data.div_(math.sqrt(2.0 * layer))  # pyright: ignore
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.trunc_normal_(part.weight, std=std)
+        elif isinstance(part, nn.Conv2d):
+            nn.init.trunc_normal_(part.weight, std=0.02 * math.sqrt(768 / part.weight[0].numel()))
+        if isinstance(part, nn.Linear | nn.Conv2d) and part.bias is not None:
+            nn.init.zeros_(part.bias)
+    if depth_scaled:
+        for layer, block in enumerate(blocks, start=1):
+            for linear in (block.attn.proj, block.mlp.fc2):  # pyright: ignore
+                linear.weight.data.div_(math.sqrt(2.0 * layer))  # pyright: ignore
 
 
 def take(tokens: Tensor, index: Tensor) -> Tensor:
@@ -114,6 +114,7 @@ class Encoder(nn.Module):
         positions: str = "sincos",
         norm: str = "torch",
         depth_scaled_init: bool = True,
+        init_std: float = 0.02,
     ):
         super().__init__()
         self.image_size, self.patch_size, self.channels, self.size = image_size, patch_size, channels, size
@@ -129,9 +130,7 @@ class Encoder(nn.Module):
         self.positions = Positions(size.width, self.grid, positions)
         self.blocks = transformer_blocks(size, norm)
         self.norm = norm_layer(norm)(size.width)
-        self.apply(init_weights)
-        if depth_scaled_init:
-            scale_by_depth(list(self.blocks))
+        initialise(self, self.blocks, init_std, depth_scaled_init)
 
     def grid_of(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of patches of an image of `height` × `width` pixels."""
