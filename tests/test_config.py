@@ -374,7 +374,7 @@ PUBLISHED = {  # the released code's hyper-parameters; context_scale to crop_sca
     },
 }  # fmt: skip
 PUBLISHED_ALL = {
-    "model.patch_size": 16, "model.image_size": [224, 224], "model.depth_scaled_init": False,
+    "model.patch_size": 16, "model.image_size": [224, 224], "model.depth_scaled_init": False, "model.init_std": 0.02,
     "model.positions": "sincos", "model.width": None, "model.depth": None, "model.heads": None,
     "method.predictor.width": 384, "method.predictor.heads": None, "method.predictor.positions": "sincos",
     "method.stop.where": "targets", "method.stop.covariance": "tied", "method.mask_token": "projection_bias",
