@@ -140,13 +140,13 @@ class Augment:
             if not 0 <= getattr(self, field) <= 1:
                 raise ValueError(f"{field}={getattr(self, field)} is a probability: choose 0 … 1.")
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
-            raise ValueError(f"crop_scale={self.crop_scale} is a share of the area: choose 0 < low <= high <= 1.")
+            raise ValueError(f"data.crop_scale={self.crop_scale} is a share of the area: choose 0 < low <= high <= 1.")
         if not 0 < self.crop_aspect[0] <= self.crop_aspect[1]:
-            raise ValueError(f"crop_aspect={self.crop_aspect} is width / height: choose 0 < low <= high.")
+            raise ValueError(f"data.crop_aspect={self.crop_aspect} is width / height: choose 0 < low <= high.")
         if not 0 <= self.blur_radius[0] <= self.blur_radius[1]:
             raise ValueError(f"blur_radius={self.blur_radius} is in pixels: choose 0 <= low <= high.")
         if not 0 <= self.colour_jitter <= 2.5:
-            raise ValueError(f"colour_jitter={self.colour_jitter} is out of range: choose 0 … 2.5.")
+            raise ValueError(f"data.colour_jitter={self.colour_jitter} is out of range: choose 0 … 2.5.")
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> Tensor:
         """One view, uint8 `[H, W, C]` -> uint8 `[C, *size]`; always takes 35 numbers from `rng`."""

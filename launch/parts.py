@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..data.augment import Augment
-from ..data.images import NoHeldOutImages, Source, TorchDataset, open_source
+from ..data.images import DataError, NoHeldOutImages, Source, TorchDataset, open_source
 from ..models.jepa import Jepa
 from .build import build_augment, build_masks, build_method, build_schedules
 from .config import Config
@@ -67,6 +67,8 @@ def _sources(config: Config, dataset: Any, val_dataset: Any) -> tuple[Source, So
         return train, open_source(data.val_path or data.path, "val", channels, data.holdout)
     except NoHeldOutImages:  # as configured: then nothing is probed
         return train, None
+    except DataError as error:
+        raise UserError(str(error).replace("data.path=", "data.val_path=") if data.val_path else str(error)) from error
 
 
 def _shares(config: Config, world: World, images: int) -> tuple[int, int]:

@@ -122,6 +122,11 @@ def test_a_missing_folder(refused, tmp_path):
     )
 
 
+def test_a_missing_validation_folder(refused, folder, tmp_path):
+    message = refused(folder(), f"data.val_path={tmp_path}/missing")
+    assert message.startswith(f"data.val_path={tmp_path}/missing does not exist")
+
+
 def test_an_empty_folder(refused, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "has no images (jpg, " in refused(f"data.path={tmp_path}/empty")
