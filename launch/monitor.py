@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,8 @@ class Monitor:
         self.world, self.console, self.every = world, console, every
         self.images_per_step, self.flops_per_image, self.peak = images_per_step, flops_per_image, peak
         self.step, self._pending, self._wait = first_step, [], 0.0
-        self._since = time.perf_counter()
+        self._since = self._said = time.perf_counter()
+        self.last_step = last_step
         self._file = self._board = self._progress = None
         if world.first:
             path = run / "metrics.jsonl"
@@ -131,15 +133,23 @@ class Monitor:
             for name, value in {**last, **speed}.items():
                 if name != "step":
                     self._board.add_scalar(f"train/{name}", value, last["step"])
-        if self._progress:
-            text = f"loss {last['loss']:.4f}  lr {last['lr']:.2e}  {rate:,.0f} images/s"
-            self._progress.update(self._task, completed=steps[-1] + 1, text=text)
+        if self.world.first:
+            self._report(steps[-1] + 1, f"loss {last['loss']:.4f}  lr {last['lr']:.2e}  {rate:,.0f} images/s", rate)
         if len(bad):
             rank, at = bad[torch.argmin(bad[:, 1])].tolist()
             raise NonFiniteLoss(
                 f"The loss of rank {rank} at step {steps[at]} is not finite; the last checkpoint is from before it. "
                 "Lower optim.lr, use engine.precision=float32 or bfloat16, or look at the images of that step."
             )
+
+    def _report(self, done: int, text: str, rate: float) -> None:
+        """Move the bar on, or where there is none (a log file) print a line every half minute."""
+        if self._progress:
+            self._progress.update(self._task, completed=done, text=text)
+        elif time.perf_counter() - self._said >= 30:
+            self._said = time.perf_counter()
+            left = (self.last_step - done) * self.images_per_step / rate
+            self.say(f"step {done} of {self.last_step}  {text}  {timedelta(seconds=round(left))} left")
 
     def note(self, values: dict[str, Any], group: str) -> None:
         """Write numbers that belong to the step just finished, beside the training rows."""

