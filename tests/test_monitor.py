@@ -121,3 +121,15 @@ def test_collapsed_features_are_reported(tiny, tmp_path, capsys):
     collapse = [row for row in rows(tmp_path / "run") if row.get("group") == "collapse"]
     assert [row["step"] for row in collapse] == [19, 39]
     assert all(1 <= row["rank_me"] <= 24 for row in collapse)
+
+
+def test_a_log_file_gets_a_line_every_half_minute(tmp_path, capsys):
+    watch = monitor(tmp_path)
+    for _ in range(10):
+        record(watch)
+    assert "step 10 of 100" not in capsys.readouterr().out
+    watch._said -= 31
+    for _ in range(10):
+        record(watch)
+    watch.close()
+    assert "step 20 of 100  loss 1.0000" in capsys.readouterr().out
