@@ -90,9 +90,9 @@ def test_predictor_values_and_gradients(golden, close):
 
 
 @pytest.mark.golden("A4_*")
-def test_train_steps(golden, close):
+def test_train_steps(golden, close, schedules_of):
     """Forward, loss, backward, clip, AdamW, schedules and teacher, over every recorded step."""
-    from elsewhere.launch.optim import Schedules, clip_gradients, make_optimizer, set_step
+    from elsewhere.launch.optim import clip_gradients, make_optimizer, set_step
 
     config, about = golden.config, golden.about["info"]
     method = Jepa(
@@ -100,13 +100,7 @@ def test_train_steps(golden, close):
     )
     state = {part: golden.part(f"state.{part}") for part in ("encoder", "predictor", "target_encoder")}
     method.load_state_dict(from_released(state))
-    opt = config["opt"]
-    per_epoch = opt["ipe"]
-    schedules = Schedules(
-        steps_per_epoch=per_epoch, epochs=opt["epochs"], warmup_epochs=opt["warmup"], lr=opt["lr"],
-        start_lr=opt["start_lr"], final_lr=opt["final_lr"], weight_decay=opt["wd"],
-        final_weight_decay=opt["final_wd"], momentum=0.996, final_momentum=1.0, stretch=opt["ipe_scale"],
-    )  # fmt: skip
+    schedules = schedules_of(config["opt"])
     optimizer = make_optimizer(method, betas=(0.9, 0.999), eps=1e-8)
     blocks, noise = len(config["tgt_lens"]), unit_noise(golden)
     images = golden.replay("in.imgs")

@@ -3,23 +3,11 @@
 import numpy as np
 import pytest
 
-from elsewhere.launch.optim import Freeze, Schedules
-
-
-def freeze(run, which):
-    epoch = run.get(f"fix_{which}_thres", -1)
-    return Freeze(epoch, run.get(f"fix_{which}_strategy", "const")) if epoch >= 0 else None
-
 
 @pytest.mark.golden("A6_*")
-def test_every_step_of_every_run(golden):
+def test_every_step_of_every_run(golden, schedules_of):
     for name, run in golden.config["runs"].items():
-        schedules = Schedules(
-            steps_per_epoch=run["ipe"], epochs=run["epochs"], warmup_epochs=run["warmup"], lr=run["lr"],
-            start_lr=run["start_lr"], final_lr=run["final_lr"], weight_decay=run["wd"],
-            final_weight_decay=run["final_wd"], stretch=run["ipe_scale"],
-            freeze_lr=freeze(run, "lr"), freeze_weight_decay=freeze(run, "wd"),
-        )  # fmt: skip
+        schedules = schedules_of(run)
         for key, value in (
             ("lr", schedules.lr_at),
             ("wd", schedules.weight_decay_at),
