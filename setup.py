@@ -32,7 +32,7 @@ setup(
     install_requires=[
         "torch>=2.11",
         "torchvision>=0.26",
-        "timm>=1.0.20",
+        "timm>=1.0.21",
         "numpy>=1.26",
         "pillow>=10.1",
         "pydantic>=2.7",
