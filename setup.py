@@ -43,7 +43,14 @@ setup(
         "tensorboard>=2.16",
     ],
     extras_require={
-        "test": ["pytest>=8.0", "safetensors>=0.4.3", "transformers>=4.45", "build>=1.2", "setuptools>=70.1"],
+        "test": [
+            "pytest>=8.0",
+            "psutil>=5.9",
+            "safetensors>=0.4.3",
+            "transformers>=4.45",
+            "build>=1.2",
+            "setuptools>=70.1",
+        ],
         "tiff": ["tifffile>=2024.1"],
         "lint": ["ruff>=0.9", "pyright>=1.1.390"],
     },

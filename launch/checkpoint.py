@@ -160,7 +160,8 @@ def lock(run: Path) -> int:
     except OSError as error:
         raise UserError(f"run.dir={run} cannot be written to ({error.strerror}); choose another.") from error
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # A record lock and not flock's, which loader workers inherit: after kill -9 they live on for seconds.
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         os.close(descriptor)
         raise UserError(f"Another process trains in {run}; stop it, or choose another run.dir.") from error

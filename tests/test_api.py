@@ -60,7 +60,7 @@ def test_load_reads_a_released_checkpoint(tmp_path, tiny):
     path = tmp_path / "jepa-latest.pth.tar"
     torch.save({"target_encoder": state, "encoder": state, "predictor": {}, "epoch": 3, "lr": 0.1}, path)
     recipe = tmp_path / "mine.yaml"
-    recipe.write_text("base: demo\nmodel: {width: 24, depth: 2, heads: 3}\n")
+    recipe.write_text("base: demo\nmodel: {width: 24, depth: 2, heads: 3, patch_size: 1}\n")
     encoder = elsewhere.load(path, recipe=str(recipe))
     assert torch.equal(encoder.norm.weight, method.teacher.norm.weight)
     with pytest.raises(UserError, match="name a recipe"):

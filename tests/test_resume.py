@@ -129,3 +129,23 @@ def test_two_processes_cannot_share_a_run(tiny, start, wait_for_step):
     wait_for_step(process, settings["run.dir"], 1)
     with pytest.raises(UserError, match="Another process trains in"):
         train(tiny)
+
+
+@pytest.mark.slow
+def test_a_run_killed_with_its_workers_alive_can_be_started_at_once(tiny, start, wait_for_step):
+    """Loader workers notice the death of their trainer after seconds; they must not hold the run's folder."""
+    import psutil
+
+    process = start({**tiny, "optim.epochs": 50, "loader.workers": 1})
+    wait_for_step(process, tiny["run.dir"], 1)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    for worker in workers:
+        worker.suspend()  # so that it cannot notice
+    process.kill()
+    process.wait()
+    try:
+        assert workers
+        assert train({**tiny, "optim.epochs": 1}, allow_config_change=True).complete
+    finally:
+        for worker in workers:
+            worker.kill()
