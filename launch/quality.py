@@ -26,43 +26,47 @@ class _Views(Dataset):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, i: int) -> tuple[torch.Tensor, int] | None:
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, int, int] | None:
         index = int(self.indices[i])
         try:
             image = self.source.read(index)
         except UnreadableImage:
             return None
-        return evaluation_view(image, self.size, self.interpolation), self.source.label(index)
+        return evaluation_view(image, self.size, self.interpolation), self.source.label(index), i
 
 
-def _stack(items: list) -> tuple[torch.Tensor, torch.Tensor]:
+def _stack(items: list) -> tuple[torch.Tensor, list[int], list[int]]:
     items = [item for item in items if item is not None]
-    images = torch.stack([image for image, _ in items]) if items else torch.empty(0)
-    return images, torch.tensor([label for _, label in items], dtype=torch.int64)
+    images = torch.stack([image for image, _, _ in items]) if items else torch.empty(0)
+    return images, [label for _, label, _ in items], [place for _, _, place in items]
 
 
 @torch.no_grad()
 def features(
     method: Jepa, source: Source, indices: np.ndarray, interpolation: str, world: World, workers: int, batch: int = 128
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mean teacher tokens `[n, width]` float32 and labels `[n]` of the images at `indices`, the same on all ranks."""
+    """Mean teacher tokens `[n, width]` float32 and labels `[n]` of the images at `indices`, in their order.
+
+    Every rank takes a share and gets all; images that cannot be read are left out.
+    """
     views = _Views(source, indices[world.rank :: world.size], method.encoder.image_size, interpolation)
     loader = DataLoader(views, batch, num_workers=workers, collate_fn=_stack)
     training = method.training
     method.eval()
-    found, labels = [], []
-    for images, label in loader:
+    found, labels, places = [np.empty((0, method.encoder.num_features), np.float32)], [], []
+    for images, label, place in loader:
         if len(images):
             images = method.normalise(images.to(world.device))
             with torch.autocast(world.device.type, method.compute_dtype, method.compute_dtype != torch.float32):
                 tokens = method.teacher(images)
             found.append(tokens.float().mean(dim=1).cpu().numpy())
-            labels.append(label.numpy())
+            labels += label
+            places += [world.rank + world.size * i for i in place]
     method.train(training)
-    width = method.encoder.num_features
-    mine = (np.concatenate(found) if found else np.empty((0, width), np.float32), np.concatenate([*labels, []]))
-    parts = world.gather_host(mine)
-    return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts]).astype(np.int64)
+    parts = world.gather_host((np.concatenate(found), labels, places))
+    order = np.argsort(np.concatenate([part[2] for part in parts]))
+    everything = np.concatenate([part[0] for part in parts])
+    return everything[order], np.concatenate([part[1] for part in parts]).astype(np.int64)[order]
 
 
 def few_labels(labels: np.ndarray, per_class: int, seed: int, draw: int) -> np.ndarray:

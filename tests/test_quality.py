@@ -66,6 +66,25 @@ def test_features_are_mean_teacher_tokens_in_the_order_asked_for(tiny):
     assert labels.tolist() == [source.label(int(i)) for i in indices]
 
 
+def test_features_keep_their_order_over_ranks(tiny):
+    """Another order would give other few labels, and other figures, on another number of ranks."""
+    config = load_config("demo", tiny)
+    method, source = build_method(config), open_source("digits", "val", 1)
+    shares = []
+
+    class Collecting(World):
+        def gather_host(self, value):
+            shares.append(value)
+            return shares
+
+    indices = np.arange(0, 70, 3)
+    for rank in (1, 0):
+        found, labels = features(method, source, indices, "bilinear", Collecting(rank, 2), workers=0)
+    expected, truth = features(method, source, indices, "bilinear", World(), workers=0)
+    assert np.abs(found - expected).max() < 1e-5
+    assert labels.tolist() == truth.tolist()
+
+
 def test_unlabelled_images_give_no_probe(tiny):
     from elsewhere.data.images import TorchDataset
 
