@@ -27,7 +27,7 @@ def train(
     device = engine.world.device
     for step in range(first, last):
         set_step(engine.optimizer, schedules, step)
-        total, scalars, wait, redraws, skipped, images = torch.zeros((), device=device), {}, 0.0, 0, 0, 0
+        total, scalars, wait, redraws, skipped, images = torch.zeros((), device=device), {}, 0.0, 0, [], 0
         for micro in range(engine.accumulation):
             asked = time.perf_counter()
             batch = next(batches)
@@ -37,14 +37,16 @@ def train(
             loss, values = engine.forward_backward(batch, micro)
             total += loss / engine.accumulation
             scalars = {name: scalars.get(name, 0.0) + value / engine.accumulation for name, value in values.items()}
-            redraws, skipped, images = redraws + batch.redraws, skipped + len(batch.skipped), images + len(batch)
+            redraws, skipped, images = redraws + batch.redraws, skipped + batch.skipped, images + len(batch)
         applied = engine.step()
         if applied:  # a skipped step leaves the teacher where it is
             engine.method.after_step(schedules.momentum_at(step))  # pyright: ignore
         if engine.clipped_norm is not None:
             scalars["gradient_norm"] = engine.clipped_norm.float()
         scalars["redraw_rate"] = torch.full((), redraws / images, device=device)
-        scalars["skipped_images"] = torch.full((), float(skipped), device=device)
+        # The monitor takes means over ranks; this one is a sum.
+        scalars["skipped_images"] = torch.full((), float(len(skipped) * engine.world.size), device=device)
+        monitor.name_skipped(skipped)
         facts = {
             "epoch": step / schedules.steps_per_epoch,
             "lr": schedules.lr_at(step),

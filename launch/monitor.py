@@ -170,6 +170,11 @@ class Monitor:
         if self.world.first:
             say(self.console, text)
 
+    def name_skipped(self, lines: list[str]) -> None:
+        """Name the images that this rank could not read in a step."""
+        for line in lines:
+            say(self.console, f"Skipped an unreadable image (rank {self.world.rank}): {line}")
+
     def _write(self, row: dict[str, Any]) -> None:
         if self._file:
             self._file.write(json.dumps(row) + "\n")

@@ -14,7 +14,7 @@ from ..models.jepa import Jepa
 from .checkpoint import Checkpoints
 from .config import Config
 from .engine.ddp import DdpEngine
-from .monitor import Monitor, NonFiniteLoss, rank_me, say
+from .monitor import Monitor, NonFiniteLoss, rank_me
 from .pictures import draw_masks
 from .world import Signals, World
 
@@ -45,6 +45,7 @@ class Upkeep:
         self.received: int | None = None
         self._saved_at: int | None = None
         self._saved_when = time.monotonic()
+        self._asked = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Upkeep:
@@ -69,7 +70,6 @@ class Upkeep:
         epoch_ends = step % self.steps_per_epoch == 0
         epoch = step // self.steps_per_epoch
         monitor, checkpoint = self.config.monitor, self.config.checkpoint
-        self._mention_skipped(batch)
         if monitor.pictures_every and (step == 1 or step % monitor.pictures_every == 0):
             self._draw(batch)
         if monitor.collapse_every and step % monitor.collapse_every == 0:
@@ -79,8 +79,10 @@ class Upkeep:
             self.monitor.flush()
             self.probe(step)
             self.monitor.restart_clock()
-        if checkpoint.every_minutes and time.monotonic() - self._saved_when >= 60 * checkpoint.every_minutes:
-            self.signals.raise_flag(_SAVE)  # rank by rank, for no two clocks agree: the exchange makes it one decision
+        due = checkpoint.every_minutes and time.monotonic() - self._saved_when >= 60 * checkpoint.every_minutes
+        if due and self.world.first and not self._asked:  # one clock decides; the others hear of it a step later
+            self._asked = True
+            self.signals.raise_flag(_SAVE)
         stop, save = self.signals.exchange()
         permanent = bool(checkpoint.keep_every_epochs and epoch_ends and epoch % checkpoint.keep_every_epochs == 0)
         regular = bool(checkpoint.every_steps and step % checkpoint.every_steps == 0)
@@ -106,12 +108,8 @@ class Upkeep:
                 {"engine": self.engine.state_dict(), "step": step}, self.describe(step), permanent
             )
         )
-        self._saved_at, self._saved_when = step, time.monotonic()
+        self._saved_at, self._saved_when, self._asked = step, time.monotonic(), False
         self.monitor.restart_clock()
-
-    def _mention_skipped(self, batch: Batch) -> None:
-        for line in batch.skipped:
-            say(self.monitor.console, f"Skipped an unreadable image (rank {self.world.rank}): {line}")
 
     def _draw(self, batch: Batch) -> None:
         if batch.context is not None and batch.targets is not None:

@@ -146,8 +146,10 @@ def test_an_unreadable_image_stops_a_run(refused, folder, tmp_path):
     assert message.startswith(f"An image cannot be read ({tmp_path}/images/") and "data.on_error=skip" in message
 
 
-def test_unreadable_images_are_skipped_and_counted(pretrain, folder, tmp_path):
-    status, out, err = pretrain(folder((10, 11, 20, 21)), "data.on_error=skip", "data.holdout=0")
+@pytest.mark.parametrize("micro", [16, 4])
+def test_unreadable_images_are_skipped_and_counted(micro, pretrain, folder, tmp_path):
+    settings = "data.on_error=skip", "data.holdout=0", f"loader.micro_batch={micro}"
+    status, out, err = pretrain(folder((10, 11, 20, 21)), *settings)
     assert (status, err) == (0, "")
     counted = sum(record.get("skipped_images", 0) for record in records(tmp_path))
     assert counted == out.count("Skipped an unreadable image") > 0
