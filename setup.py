@@ -50,6 +50,7 @@ setup(
             "transformers>=4.45",
             "build>=1.2",
             "setuptools>=70.1",
+            "tifffile>=2024.1",
         ],
         "tiff": ["tifffile>=2024.1"],
         "lint": ["ruff>=0.9", "pyright>=1.1.390"],
