@@ -45,8 +45,8 @@ def _divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
-def _check_batch_sizes(n: int, global_batch: int, micro_batch: int, rank: int, world: int) -> None:
-    assert 0 <= rank < world, f"rank {rank} of {world}"
+def check_batch_sizes(n: int, global_batch: int, micro_batch: int, world: int) -> None:
+    """Raise `DataError` unless `global_batch` of the `n` images divides into whole micro-batches of `world` ranks."""
     if global_batch < 1 or micro_batch < 1:
         raise DataError(f"optim.batch_size={global_batch} and loader.micro_batch={micro_batch} must be 1 or more.")
     unit = world * micro_batch
@@ -87,7 +87,8 @@ class Requests(Sampler[Request]):
         start_step: int = 0,
         stop_step: int,
     ):
-        _check_batch_sizes(n, global_batch, micro_batch, rank, world)
+        assert 0 <= rank < world, f"rank {rank} of {world}"
+        check_batch_sizes(n, global_batch, micro_batch, world)
         self.n = n
         self.seed = seed
         self.global_batch = global_batch

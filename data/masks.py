@@ -74,10 +74,6 @@ class BlockMasks:
                 limit = "0 < low <= high <= 1" if top else "0 < low <= high"
                 raise ValueError(f"mask.{name}={list(value)} must be [low, high] with {limit}.")
 
-    def __call__(self, seed: int, epoch: int, step: int, sample_ids: np.ndarray) -> Masks:
-        """The masks of the samples `sample_ids` `[B]`, which are one rank's micro-batch of optimiser step `step`."""
-        raise NotImplementedError
-
 
 def block_masks(
     setting: str, *, grid: Size, min_keep: int = 10, context_keep: int | None = None, **ranges

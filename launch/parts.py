@@ -10,6 +10,7 @@ import numpy as np
 
 from ..data.augment import Augment
 from ..data.images import DataError, NoHeldOutImages, Source, TorchDataset, open_source
+from ..data.loader import check_batch_sizes
 from ..models.jepa import Jepa
 from .build import build_augment, build_masks, build_method, build_schedules
 from .config import Config
@@ -43,14 +44,16 @@ def assemble(config: Config, world: World, dataset: Any = None, val_dataset: Any
     method = build_method(config)
     masks, augment = build_masks(config, method.encoder.grid), build_augment(config)
     train, val = _sources(config, dataset, val_dataset)
-    share, micro = _shares(config, world, len(train))
+    batch = config.optim.batch_size
+    micro = config.loader.micro_batch or max(1, batch // world.size)  # by default the rank's whole share
+    check_batch_sizes(len(train), batch, micro, world.size)
     method.compute_dtype, reason = choose_precision(config.engine.precision, world.device)
-    per_epoch = len(train) // config.optim.batch_size
+    per_epoch = len(train) // batch
     first = masks(config.seed, 0, 0, np.arange(min(64, len(train))))
     tokens = (first.context.shape[0], first.context.shape[2], first.targets.shape[0], first.targets.shape[2])
     return Parts(
         method=method, train=train, val=val, masks=masks, augment=augment,
-        schedules=build_schedules(config, per_epoch), micro_batch=micro, accumulation=share // micro,
+        schedules=build_schedules(config, per_epoch), micro_batch=micro, accumulation=batch // world.size // micro,
         steps_per_epoch=per_epoch, steps=per_epoch * config.optim.epochs, workers=_workers(config, world),
         precision_reason=reason, gflops_per_image=method.flops_per_image(*tokens) / 1e9,
     )  # fmt: skip
@@ -69,22 +72,6 @@ def _sources(config: Config, dataset: Any, val_dataset: Any) -> tuple[Source, So
         return train, None
     except DataError as error:
         raise UserError(str(error).replace("data.path=", "data.val_path=") if data.val_path else str(error)) from error
-
-
-def _shares(config: Config, world: World, images: int) -> tuple[int, int]:
-    """Images of a step for each rank, and of each of its micro-batches."""
-    batch = config.optim.batch_size
-    if images < batch:
-        raise UserError(
-            f"The data set has {images} images, less than one optim.batch_size={batch}; set it to {images} or less."
-        )
-    if batch % world.size:
-        raise UserError(f"optim.batch_size={batch} does not divide among {world.size} processes; make it a multiple.")
-    share = batch // world.size
-    micro = config.loader.micro_batch or share
-    if share % micro:
-        raise UserError(f"loader.micro_batch={micro} does not divide the {share} images of a process; use a divisor.")
-    return share, micro
 
 
 def _workers(config: Config, world: World) -> int:

@@ -190,11 +190,13 @@ def test_masks_that_cannot_fit(refused, overrides):
 
 
 def test_a_batch_larger_than_the_data(refused, folder):
-    assert "less than one optim.batch_size=64; set it to 36 or less" in refused(folder(), "optim.batch_size=64")
+    assert "less than one optim.batch_size=64: set optim.batch_size to 36 or less" in refused(
+        folder(), "optim.batch_size=64"
+    )
 
 
 def test_a_micro_batch_that_does_not_divide(refused):
-    assert "loader.micro_batch=5 does not divide the 16 images" in refused("loader.micro_batch=5")
+    assert "set optim.batch_size to 15 or 20, or loader.micro_batch to 2 or 4 or 8" in refused("loader.micro_batch=5")
 
 
 @pytest.mark.parametrize(
