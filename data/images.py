@@ -164,7 +164,9 @@ class ImageFolder:
         self.classes: list[str] | None = None
         if not os.path.isdir(self.root):
             what = "is a file, not a folder" if os.path.exists(self.root) else "does not exist"
-            raise DataError(f"data.path={root} {what}: give a folder of images, or `digits`, which needs no files.")
+            raise DataError(
+                f"data.path={root} {what}: give a folder of images, cifar10:FOLDER for a torchvision set, or `digits`."
+            )
         try:
             files, folders = _scan(self.root)
             train = next((name for name in _TRAIN_FOLDERS if name in folders), None)
@@ -410,10 +412,13 @@ def held_out(n: int, holdout: float) -> np.ndarray:
 
 
 def _split_off(source: Source, split: str, holdout: float) -> Source:
-    indices = held_out(len(source), holdout)
+    # Without labels nothing can be measured on held-out images, so none are kept from training.
+    indices = held_out(len(source), holdout if source.label(0) != -1 else 0.0)
     if split == "val":
         if not len(indices):
-            raise NoHeldOutImages("There is no val split and data.holdout=0: add one, or hold out a share of train.")
+            raise NoHeldOutImages(
+                "There is no val split, and data.holdout=0 or no labels: add one, or hold out a share of train."
+            )
         return Subset(source, indices)
     return Subset(source, np.setdiff1d(np.arange(len(source)), indices, assume_unique=True)) if len(indices) else source
 

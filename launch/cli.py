@@ -18,6 +18,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import argparse  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
 
+from .. import __version__  # noqa: E402
 from .errors import UserError  # noqa: E402
 
 
@@ -26,12 +27,15 @@ def _parser() -> argparse.ArgumentParser:
         prog="elsewhere",
         description="Masked-image pre-training of vision transformers that are not told exactly where a patch is.",
     )
+    parser.add_argument("--version", action="version", version=f"elsewhere {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def recipe_command(name: str, text: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("recipe", help="a packaged recipe (see `elsewhere configs`) or a YAML file")
-        command.add_argument("overrides", nargs="*", metavar="key=value", help="settings, e.g. optim.lr=1e-3")
+        command.add_argument(
+            "overrides", nargs="*", default=[], metavar="key=value", help="settings, e.g. optim.lr=1e-3"
+        )
         return command
 
     pretrain = recipe_command("pretrain", "Pre-train a recipe, or continue it where its run stopped.")
@@ -40,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
         "--allow-config-change", action="store_true", help="continue although settings that change the result differ"
     )
     pretrain.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # deepspeed's launcher
-    recipe_command("show", "Print a recipe with everything resolved.")
+    recipe_command("show", "Print a recipe with its bases and overrides merged.")
     commands.add_parser("configs", help="List the packaged recipes.", description="List the packaged recipes.")
     bench = commands.add_parser("bench", help="Measure a part on this machine.")
     bench.add_argument("part", choices=["masks"], help="masks: images per second of the mask samplers")

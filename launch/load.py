@@ -94,7 +94,10 @@ def start_from(method: Jepa, path: str) -> str:
 
     Raises UserError if the file cannot be read or its shapes are another encoder's.
     """
-    state, what = encoder_state(Path(path))
+    try:
+        state, what = encoder_state(Path(path))
+    except UserError as error:
+        raise UserError(f"init.from: {error}") from error
     state = from_released_encoder(state)
     for module in (method.encoder, method.teacher):
         try:

@@ -27,7 +27,7 @@ def open_run(run: Path, checkpoints: Checkpoints, fresh: bool, held: list[int]) 
     if saved is None and complaints:
         raise UserError(
             f"None of the {len(complaints)} checkpoints in {checkpoints.folder} can be used. {complaints[0]} Restore "
-            "one from elsewhere, or start anew with another run.dir."
+            "a copy, or start anew with another run.dir."
         )
     return saved, complaints
 

@@ -118,7 +118,8 @@ def test_a_wrong_command_ends_with_its_usage(arguments, capsys):
 
 def test_a_missing_folder(refused, tmp_path):
     assert refused(f"data.path={tmp_path}/missing") == (
-        f"data.path={tmp_path}/missing does not exist: give a folder of images, or `digits`, which needs no files."
+        f"data.path={tmp_path}/missing does not exist: give a folder of images, cifar10:FOLDER for a "
+        "torchvision set, or `digits`."
     )
 
 

@@ -67,6 +67,15 @@ def test_digits_as_rgb_repeat_the_grey():
     assert np.array_equal(rgb.read(3), np.repeat(grey.read(3), 3, axis=2))
 
 
+def test_images_without_labels_are_all_trained_on(tmp_path):
+    """What is held out serves the probe, and without labels there is none."""
+    for i in range(20):
+        Image.fromarray(np.full((4, 4, 3), i, dtype=np.uint8)).save(tmp_path / f"{i:02}.png")
+    assert len(open_source(str(tmp_path), "train", 3)) == 20
+    with pytest.raises(DataError, match=r"no val split, and data\.holdout=0 or no labels"):
+        open_source(str(tmp_path), "val", 3)
+
+
 def test_digits_refuse_four_channels():
     with pytest.raises(DataError, match=r"set model\.channels=1"):
         open_source("digits", "train", 4)
