@@ -39,7 +39,7 @@ setup(
         "omegaconf>=2.3",
         "pyyaml>=6.0",
         "rich>=13.7",
-        "scikit-learn>=1.4",
+        "scikit-learn>=1.5",
         "tensorboard>=2.16",
     ],
     extras_require={

@@ -17,8 +17,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import argparse  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
+from importlib.metadata import version  # noqa: E402
 
-from .. import __version__  # noqa: E402
 from .errors import UserError  # noqa: E402
 
 
@@ -27,7 +27,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="elsewhere",
         description="Masked-image pre-training of vision transformers that are not told exactly where a patch is.",
     )
-    parser.add_argument("--version", action="version", version=f"elsewhere {__version__}")
+    parser.add_argument("--version", action="version", version=f"elsewhere {version('elsewhere')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def recipe_command(name: str, text: str) -> argparse.ArgumentParser:
