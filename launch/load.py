@@ -35,8 +35,8 @@ def find_checkpoint(path: Path) -> Saved | None:
     return None
 
 
-def encoder_state(path: Path, which: str = "teacher") -> tuple[dict[str, Tensor], str]:
-    """An encoder's state from a run, a checkpoint folder or a released `.pth` file, and what it is in words.
+def encoder_state(path: Path, which: str = "teacher") -> tuple[dict[str, Tensor], str, Config | None]:
+    """An encoder's state from a run, a checkpoint folder or a released `.pth` file, what it is, and its configuration.
 
     `which` is teacher or student. Raises UserError if there is nothing that can be read.
     """
@@ -47,7 +47,7 @@ def encoder_state(path: Path, which: str = "teacher") -> tuple[dict[str, Tensor]
         prefix = "teacher." if which == "teacher" else "encoder."
         state = saved.load()["engine"]["method"]
         found = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-        return found, f"the {which} of {saved.path}"
+        return found, f"the {which} of {saved.path}", Config.model_validate(saved.about["config"])
     if not path.is_file():
         raise UserError(f"{path} does not exist; give a run, a checkpoint folder or a released checkpoint file.")
     try:
@@ -59,7 +59,7 @@ def encoder_state(path: Path, which: str = "teacher") -> tuple[dict[str, Tensor]
     key = "target_encoder" if which == "teacher" else "encoder"
     if not isinstance(state, dict) or key not in state:
         raise UserError(f"{path} is not a released StoP or I-JEPA checkpoint: it has no {key}.")
-    return state[key], f"the {key} of {path}"
+    return state[key], f"the {key} of {path}", None
 
 
 def load(path: str | Path, which: str = "teacher", recipe: str | None = None) -> Encoder:
@@ -72,14 +72,11 @@ def load(path: str | Path, which: str = "teacher", recipe: str | None = None) ->
     if which not in ("teacher", "student"):
         raise UserError(f"which={which!r} is not possible; choose teacher or student.")
     path = Path(path)
-    state, _ = encoder_state(path, which)
+    state, _, config = encoder_state(path, which)
     if recipe is not None:
         config = load_config(recipe)
-    else:
-        saved = find_checkpoint(path) if path.is_dir() else None
-        if saved is None:
-            raise UserError(f"{path} does not describe its encoder; name a recipe: load(path, recipe=…).")
-        config = Config.model_validate(saved.about["config"])
+    if config is None:
+        raise UserError(f"{path} does not describe its encoder; name a recipe: load(path, recipe=…).")
     encoder = build_encoder(config.model)
     try:
         encoder.load_state_dict(from_released_encoder(state))
@@ -95,7 +92,7 @@ def start_from(method: Jepa, path: str) -> str:
     Raises UserError if the file cannot be read or its shapes are another encoder's.
     """
     try:
-        state, what = encoder_state(Path(path))
+        state, what, _ = encoder_state(Path(path))
     except UserError as error:
         raise UserError(f"init.from: {error}") from error
     state = from_released_encoder(state)
