@@ -188,18 +188,3 @@ def evaluation_view(image: np.ndarray, size: int | tuple[int, int], interpolatio
     resized = (tall, max(wide, tall * w // h)) if upright else (max(tall, wide * h // w), wide)
     top, left = round((resized[0] - height) / 2), round((resized[1] - width) / 2)
     return resize(image, resized, interpolation)[:, top : top + height, left : left + width].contiguous()
-
-
-@dataclass(frozen=True, kw_only=True)
-class CentreView:
-    """`evaluation_view` in the shape of an augmentation, for a loader: the random numbers are not touched."""
-
-    size: int | tuple[int, int]
-    interpolation: str = "bicubic"
-
-    def __post_init__(self):
-        _check_interpolation(self.interpolation)
-
-    def __call__(self, image: np.ndarray, rng: np.random.Generator | None = None) -> Tensor:
-        """uint8 `[H, W, C]` -> uint8 `[C, *size]`."""
-        return evaluation_view(image, self.size, self.interpolation)

@@ -7,7 +7,6 @@ from PIL import Image, ImageFilter
 
 from elsewhere.data.augment import (
     Augment,
-    CentreView,
     blur,
     colour_jitter,
     crop_box,
@@ -185,7 +184,7 @@ def test_evaluation_view_is_torchvisions_resize_and_centre_crop(shape):
 
 def test_evaluation_view_gives_an_image_of_the_wanted_size_unchanged():
     image = photo(8, 8, 1)
-    assert difference(CentreView(size=8)(image), image) == 0
+    assert difference(evaluation_view(image, 8), image) == 0
 
 
 def test_evaluation_view_shows_a_small_image_whole():
