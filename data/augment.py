@@ -113,11 +113,12 @@ def colour_jitter(image: np.ndarray, factors: np.ndarray, order: np.ndarray) -> 
 
 @dataclass(frozen=True, kw_only=True)
 class Augment:
-    """The training view: random resized crop, flip, colour jitter, grayscale, blur, in I-JEPA's order.
+    """The training views: random resized crop, flip, colour jitter, grayscale, blur, in I-JEPA's order.
 
     `size` is (height, width) in pixels, `crop_scale` a share of the image's area, `crop_aspect` width / height of
     the crop (whatever the size), `blur_radius` in pixels; `flip`, `blur`, `grayscale` are probabilities.
     `colour_jitter` is SimCLR's strength s: ranges 0.8s, 0.8s, 0.8s and 0.2s, with `colour_jitter_probability`.
+    `views` is how many an image gives, independent of one another (AdPE's multi-crop: 4 of 112 pixels).
     Raises ValueError for values out of range.
     """
 
@@ -131,6 +132,7 @@ class Augment:
     grayscale: float = 0.2
     colour_jitter: float = 0.0
     colour_jitter_probability: float = 0.8
+    views: int = 1
 
     def __post_init__(self):
         _check_interpolation(self.interpolation)
@@ -147,11 +149,20 @@ class Augment:
             raise ValueError(f"blur_radius={self.blur_radius} is in pixels: choose 0 <= low <= high.")
         if not 0 <= self.colour_jitter <= 2.5:
             raise ValueError(f"data.colour_jitter={self.colour_jitter} is out of range: choose 0 … 2.5.")
+        if self.views < 1:
+            raise ValueError(f"data.views={self.views} leaves no crop of an image: choose 1 or more.")
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> Tensor:
-        """One view, uint8 `[H, W, C]` -> uint8 `[C, *size]`; always takes 35 numbers from `rng`."""
+        """uint8 `[H, W, C]` -> uint8 `[C, *size]`, or `[V, C, *size]` of several views.
+
+        Each view always takes the next 35 numbers from `rng`, so that more views leave the first ones as they were.
+        """
         # All numbers are drawn whether used or not, so that switching one augmentation leaves the others alone.
-        u = rng.random(35)
+        views = [self._view(image, u) for u in rng.random((self.views, 35))]
+        return views[0] if self.views == 1 else torch.stack(views)
+
+    def _view(self, image: np.ndarray, u: np.ndarray) -> Tensor:
+        """One view `[C, *size]` from its 35 uniform numbers."""
         crop, flip, jitter, factors, order = u[:22], u[22], u[23], u[24:28], u[28:32]
         grey, blurred, radius = u[32:]
         height, width = image.shape[:2]

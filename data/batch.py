@@ -15,17 +15,19 @@ class Batch:
     Masks hold flat patch indices (row-major on the patch grid) and are None where a recipe has none.
     """
 
-    images: Tensor  # [B, C, H, W] uint8, normalised on the device
+    images: Tensor  # [B, C, H, W], or [B, V, C, H, W] of V views: uint8, normalised on the device
     sample_ids: Tensor  # [B] int64, position in the data set
     labels: Tensor  # [B] int64, -1 where unknown
     epoch: int
     step: int  # global optimiser step this micro-batch belongs to
     context: Tensor | None = None  # [E, B, Nc] int64, ascending per row
     targets: Tensor | None = None  # [T, B, Nt] int64
+    visible: Tensor | None = None  # [B, V, K] int64, patches that a masked autoencoder's encoder sees, ascending
     redraws: int = 0  # times that a sample of this batch redrew its target blocks
     skipped: list[str] = field(default_factory=list)  # one line per unreadable image that was replaced
 
     def __len__(self) -> int:
+        """Source images, however many views there are of each."""
         return self.images.shape[0]
 
     def _map(self, change) -> Batch:

@@ -12,7 +12,6 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from .batch import Batch
 from .decode import UnreadableImage
 from .images import DataError, Source
+from .masks import Masks
 from .streams import generator
 
 _REPLACEMENTS = 100  # unreadable images in a row before even `skip` gives up
@@ -122,21 +122,24 @@ class _Refusal:
     message: str
 
 
+def _tensor(patches: np.ndarray | None) -> torch.Tensor | None:
+    return None if patches is None else torch.from_numpy(patches)
+
+
 class Batches(Dataset[Batch]):
     """The micro-batch of each request: images read, decoded and augmented, masks made, all stacked.
 
-    `augment(image, rng)` makes uint8 `[C, H, W]` of uint8 `[H, W, C]`; its random numbers are the stream
-    (seed, "augment", epoch, sample id). `masks(seed, epoch, step, sample_ids)` returns an object with `.context`
-    `[E, B, Nc]`, `.targets` `[T, B, Nt]` and `.redraws`, or `masks` is None. `on_error` says what an unreadable image
-    does: "skip" takes the next readable sample in its place and names it in `Batch.skipped`, "stop" raises
-    `DataError`.
+    `augment(image, rng)` makes uint8 `[C, H, W]` or, of several views, `[V, C, H, W]` of uint8 `[H, W, C]`; its random
+    numbers are the stream (seed, "augment", epoch, sample id). `masks(seed, epoch, step, sample_ids)` draws the masks,
+    or `masks` is None. `on_error` says what an unreadable image does: "skip" takes the next readable sample in its
+    place and names it in `Batch.skipped`, "stop" raises `DataError`.
     """
 
     def __init__(
         self,
         source: Source,
         augment: Callable[[np.ndarray, np.random.Generator], torch.Tensor],
-        masks: Callable[[int, int, int, np.ndarray], Any] | None,
+        masks: Callable[[int, int, int, np.ndarray], Masks] | None,
         *,
         seed: int,
         on_error: str = "skip",
@@ -170,9 +173,10 @@ class Batches(Dataset[Batch]):
         )
         if self._masks is not None:
             masks = self._masks(self._seed, request.epoch, request.step, np.array(ids, dtype=np.int64))
-            batch.context = torch.from_numpy(masks.context)
-            batch.targets = torch.from_numpy(masks.targets)
-            batch.redraws = int(masks.redraws)
+            batch.context = _tensor(masks.context)
+            batch.targets = _tensor(masks.targets)
+            batch.visible = _tensor(masks.visible)
+            batch.redraws = masks.redraws
         return batch
 
     def _read(self, wanted: int, skipped: list[str]) -> tuple[np.ndarray, int]:
@@ -239,7 +243,7 @@ class Loader:
         self,
         source: Source,
         augment: Callable[[np.ndarray, np.random.Generator], torch.Tensor],
-        masks: Callable[[int, int, int, np.ndarray], Any] | None,
+        masks: Callable[[int, int, int, np.ndarray], Masks] | None,
         *,
         seed: int,
         global_batch: int,

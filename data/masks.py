@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -36,13 +37,30 @@ MOST_REDRAWS = 20
 FAILURES_PER_REGION = 20  # released: one region is given up after this many invalid blocks
 
 
-@dataclass
-class Masks:
-    """The masks of a micro-batch as flat row-major patch indices, the same number in every row."""
+class Masks(Protocol):
+    """What every mask maker returns: flat row-major patch indices, the same number in every row, or None."""
 
-    context: np.ndarray  # [E, B, Nc] int64, ascending per row
-    targets: np.ndarray  # [T, B, Nt] int64, row-major
-    redraws: int  # times that a sample redrew its target blocks
+    @property
+    def context(self) -> np.ndarray | None: ...  # [E, B, Nc] int64, ascending per row
+
+    @property
+    def targets(self) -> np.ndarray | None: ...  # [T, B, Nt] int64, row-major
+
+    @property
+    def visible(self) -> np.ndarray | None: ...  # [B, V, K] int64, ascending per row
+
+    @property
+    def redraws(self) -> int: ...  # times that a sample redrew its target blocks
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContextAndTargets:
+    """The `Masks` of a predictor: what it is shown and what it is asked for."""
+
+    context: np.ndarray  # [E, B, Nc]
+    targets: np.ndarray  # [T, B, Nt]
+    redraws: int = 0
+    visible: None = None
 
 
 @dataclass(kw_only=True)
@@ -114,7 +132,7 @@ class PublishedBlockMasks(BlockMasks):
         target, context = torch.rand(1, generator=generator).item(), torch.rand(1, generator=generator).item()
         return self._sizes(target, context)
 
-    def __call__(self, seed: int, epoch: int, step: int, sample_ids: np.ndarray) -> Masks:
+    def __call__(self, seed: int, epoch: int, step: int, sample_ids: np.ndarray) -> ContextAndTargets:
         """The masks of one rank's micro-batch `sample_ids` `[B]`; Nc and Nt depend on `step` and on the batch."""
         ids = np.asarray(sample_ids)
         first = 4 * (self.target_blocks + self.context_blocks)  # two tries for each block
@@ -122,7 +140,7 @@ class PublishedBlockMasks(BlockMasks):
         streams = [_endless(head, seed, epoch, ids[i : i + 1]) for i, head in enumerate(heads)]
         return self.draw(step, len(ids), lambda image, high: next(streams[image]) * high >> 32)
 
-    def draw(self, step: int, batch: int, randint: Callable[[int, int], int]) -> Masks:
+    def draw(self, step: int, batch: int, randint: Callable[[int, int], int]) -> ContextAndTargets:
         """The masks of `batch` images with positions from `randint(image, high)`, an integer in 0 … high-1.
 
         Images are drawn one after another, each block as row then column, in the order of the released code: with
@@ -146,7 +164,7 @@ class PublishedBlockMasks(BlockMasks):
                 # the regions, and the rows' blanks are taken out of the whole height.
                 regions = outside if free_targets else outside[-1]
         targets, contexts = (_cut_to_shortest(kind) for kind in drawn)
-        return Masks(contexts, targets, redraws=0)
+        return ContextAndTargets(context=contexts, targets=targets)
 
     def _place(
         self, size: Size, regions: np.ndarray | None, image: int, randint: Callable[[int, int], int]
@@ -238,7 +256,7 @@ class RecommendedBlockMasks(BlockMasks):
         chunk, place = divmod(step, _SHAPE_CHUNK)
         return self.shapes[int(_shape_words(seed, chunk)[place]) * len(self.shapes) >> 32]
 
-    def __call__(self, seed: int, epoch: int, step: int, sample_ids: np.ndarray) -> Masks:
+    def __call__(self, seed: int, epoch: int, step: int, sample_ids: np.ndarray) -> ContextAndTargets:
         """The masks of the samples `sample_ids` `[B]`: Nc is context_keep, Nt the patches of the step's shape."""
         ids = np.asarray(sample_ids)
         shape = self.shape(seed, step)
@@ -259,7 +277,9 @@ class RecommendedBlockMasks(BlockMasks):
 
         corner = (tops * self.cols + lefts).T[..., None]  # [T, B, 1]
         block = np.arange(shape[0])[:, None] * self.cols + np.arange(shape[1])
-        return Masks(np.ascontiguousarray(context.swapaxes(0, 1)), corner + block.ravel(), redraws)
+        return ContextAndTargets(
+            context=np.ascontiguousarray(context.swapaxes(0, 1)), targets=corner + block.ravel(), redraws=redraws
+        )
 
     def _positions(self, numbers: np.ndarray, shape: Size) -> tuple[np.ndarray, np.ndarray]:
         """Rows and columns `[B, T]` of the upper left corners, from 32-bit words `[B, 2T]`."""

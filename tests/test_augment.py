@@ -174,6 +174,26 @@ def test_read_only_images_are_left_alone():
     assert np.array_equal(image, before)
 
 
+ALL = {"size": 32, "flip": 0.5, "blur": 0.5, "grayscale": 0.5, "colour_jitter": 0.5}
+
+
+def test_views_are_those_of_single_calls_on_the_same_stream():
+    image = photo()
+    rng = np.random.default_rng(7)
+    singles = [Augment(**ALL)(image, rng) for _ in range(4)]
+    views = Augment(**ALL, views=4)(image, np.random.default_rng(7))
+    assert torch.equal(views, torch.stack(singles))
+
+
+def test_views_of_an_image_differ():
+    views = Augment(**ALL, views=4)(photo(), np.random.default_rng(7))
+    assert views.flatten(1).unique(dim=0).shape[0] == 4
+
+
+def test_a_single_view_has_no_dimension_of_views():
+    assert Augment(**ALL, views=1)(photo(), np.random.default_rng(7)).shape == (3, 32, 32)
+
+
 @pytest.mark.parametrize("shape", [(300, 400), (400, 300), (230, 230)])
 def test_evaluation_view_is_torchvisions_resize_and_centre_crop(shape):
     transforms = pytest.importorskip("torchvision.transforms.functional")
@@ -208,6 +228,7 @@ def test_evaluation_view_covers_non_square_sizes(shape):
         {"size": 0},
         {"blur_radius": (2, 1)},
         {"colour_jitter": -1},
+        {"views": 0},
     ],
 )
 def test_values_out_of_range_are_named(wrong):

@@ -4,7 +4,6 @@ import signal
 import subprocess
 import sys
 from dataclasses import fields
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,14 +14,17 @@ from elsewhere.data.augment import Augment
 from elsewhere.data.decode import UnreadableImage
 from elsewhere.data.images import DataError, Digits, ImageFolder
 from elsewhere.data.loader import Batches, Loader, Request, Requests, order
+from elsewhere.data.masks import ContextAndTargets
+from elsewhere.data.random_masks import RandomMasks
 from elsewhere.data.streams import uniforms
 
 AUGMENT = Augment(size=(8, 8), colour_jitter=0.5)
+VIEWS = {"augment": Augment(size=(8, 8), colour_jitter=0.5, views=2), "masks": RandomMasks((4, 4), 0.75, views=2)}
 
 
 def masks(seed, epoch, step, sample_ids):
     drawn = (uniforms(seed, "mask", epoch, sample_ids, 3 + step % 2) * 16).astype(np.int64)
-    return SimpleNamespace(context=drawn[None], targets=np.stack([drawn, drawn]), redraws=int(drawn.sum() % 7))
+    return ContextAndTargets(context=drawn[None], targets=np.stack([drawn, drawn]), redraws=int(drawn.sum() % 7))
 
 
 class Numbered:
@@ -102,6 +104,54 @@ def test_images_and_masks_of_ranks_are_those_of_one():
 @pytest.mark.parametrize("workers", [1, 3])
 def test_any_number_of_workers_gives_the_same_batches(workers):
     assert_equal(list(loader(Numbered(bad=[5, 17]))), list(loader(Numbered(bad=[5, 17]), workers=workers)))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_any_number_of_workers_gives_the_same_views(workers):
+    assert_equal(list(loader(**VIEWS)), list(loader(**VIEWS, workers=workers)))
+
+
+def test_views_and_visible_patches_of_ranks_are_those_of_one():
+    for whole, *halves in zip(
+        loader(**VIEWS, micro_batch=24),
+        loader(**VIEWS, micro_batch=12, rank=0, world=2),
+        loader(**VIEWS, micro_batch=12, rank=1, world=2),
+        strict=True,
+    ):
+        assert torch.equal(torch.cat([half.images for half in halves]), whole.images)
+        assert torch.equal(torch.cat([half.visible for half in halves]), whole.visible)
+
+
+def test_a_batch_of_views_counts_images():
+    batch = next(iter(loader(**VIEWS)))
+    assert len(batch) == 6
+    assert batch.images.shape == (6, 2, 5, 8, 8)
+
+
+def test_visible_patches_are_those_of_the_samples():
+    batch = next(iter(loader(**VIEWS, start_step=5)))
+    expected = VIEWS["masks"](3, 1, 5, batch.sample_ids.numpy())
+    assert np.array_equal(batch.visible.numpy(), expected.visible)
+    assert batch.context is None
+    assert batch.targets is None
+
+
+class Counting(Numbered):
+    """Writes down every image that is read."""
+
+    def __init__(self):
+        super().__init__()
+        self.read_ids = []
+
+    def read(self, i):
+        self.read_ids.append(i)
+        return super().read(i)
+
+
+def test_an_image_is_decoded_once_for_all_its_views():
+    source = Counting()
+    batch = next(iter(loader(source, **VIEWS)))
+    assert source.read_ids == batch.sample_ids.tolist()
 
 
 @pytest.mark.parametrize("start", [2, 5])
