@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +20,11 @@ class Freeze:
 
 @dataclass(frozen=True)
 class Schedules:
-    """Learning rate, weight decay and teacher momentum of every step, as the released StoP computes them.
+    """Learning rate, weight decay and teacher momentum of every step, as the released StoP, MAE and AdPE compute them.
 
-    The released code advances its counters before their first use, so step 0 takes the values of counter 1; the
-    momentum alone starts at 0. `stretch` lengthens all three beyond the end of training (`ipe_scale` there).
+    StoP advances its counters before their first use, so step 0 takes the values of counter 1, and cuts warm-up and
+    span to `whole_steps`; the momentum alone starts at 0. MAE and AdPE cut nothing and start at `mae_first_counter`.
+    `stretch` lengthens all three beyond the end of training (`ipe_scale` in StoP).
     """
 
     steps_per_epoch: int
@@ -39,43 +40,56 @@ class Schedules:
     stretch: float = 1.0
     freeze_lr: Freeze | None = None
     freeze_weight_decay: Freeze | None = None
+    first_counter: float = 1.0
+    whole_steps: bool = True
 
     @property
-    def span(self) -> int:
+    def span(self) -> float:
         """Length of the cosines in steps."""
-        return int(self.stretch * self.epochs * self.steps_per_epoch)
+        return self._steps(self.stretch * self.epochs)
 
     @property
-    def warmup(self) -> int:
+    def warmup(self) -> float:
         """Steps of linear warm-up."""
-        return int(self.warmup_epochs * self.steps_per_epoch)
+        return self._steps(self.warmup_epochs)
+
+    def with_lr(self, lr: float, constant: bool = False) -> Schedules:
+        """The same schedules around another peak, as the adversary's; `constant` is that rate from the first step on.
+
+        Both are the published rates without their minus sign (AdPE `lr_schedule.py`, `fix_lr` 0 and 1).
+        """
+        return replace(self, lr=lr, start_lr=lr, final_lr=lr) if constant else replace(self, lr=lr)
 
     def lr_at(self, step: int) -> float:
         """Learning rate of optimiser step `step` (0-based)."""
-        counter = step + 1
+        counter = step + self.first_counter
         if counter < self.warmup:  # tested before the freeze, which therefore waits for the warm-up
             return self.start_lr + counter / self.warmup * (self.lr - self.start_lr)
         return self._frozen(counter, self.freeze_lr, self._lr_cosine)
 
     def weight_decay_at(self, step: int) -> float:
         """Weight decay of optimiser step `step` (0-based)."""
-        return self._frozen(step + 1, self.freeze_weight_decay, self._decay_cosine)
+        return self._frozen(step + self.first_counter, self.freeze_weight_decay, self._decay_cosine)
 
     def momentum_at(self, step: int) -> float:
         """Teacher momentum after optimiser step `step` (0-based)."""
         total = self.steps_per_epoch * self.epochs * self.stretch
         return self.momentum + step * (self.final_momentum - self.momentum) / total
 
-    def _lr_cosine(self, counter: int) -> float:
+    def _steps(self, epochs: float) -> float:
+        steps = epochs * self.steps_per_epoch
+        return int(steps) if self.whole_steps else steps
+
+    def _lr_cosine(self, counter: float) -> float:
         progress = (counter - self.warmup) / max(1, self.span - self.warmup)
         return max(self.final_lr, _cosine(self.lr, self.final_lr, progress))
 
-    def _decay_cosine(self, counter: int) -> float:
+    def _decay_cosine(self, counter: float) -> float:
         value = _cosine(self.weight_decay, self.final_weight_decay, counter / max(1, self.span))
         stop = max if self.final_weight_decay <= self.weight_decay else min
         return stop(self.final_weight_decay, value)
 
-    def _frozen(self, counter: int, freeze: Freeze | None, cosine) -> float:
+    def _frozen(self, counter: float, freeze: Freeze | None, cosine) -> float:
         start = freeze and int(freeze.epoch * self.steps_per_epoch)
         if freeze is None or start is None or counter < start:
             return cosine(counter)
@@ -90,21 +104,48 @@ def _cosine(first: float, last: float, progress: float) -> float:
     return last + (first - last) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
+def mae_first_counter(accumulation: int) -> float:
+    """The counter of step 0 in MAE and AdPE, whose learning rate moves with every micro-batch: the last one's counts.
+
+    0 without accumulation, else (A - 1) / A steps (AdPE `train_epoch.py`).
+    """
+    return (accumulation - 1) / accumulation
+
+
+def scaled_lr(base: float, batch: int) -> float:
+    """The learning rate of `batch` images per optimiser step (crops not counted) for a `base` rate per 256 images."""
+    return base * batch / 256
+
+
+_UNDECAYED = ("_token", ".table", ".rows_table", ".columns_table")
+
+
 def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay applies: not to biases, vectors, and position tables."""
-    return parameter.ndim > 1 and "bias" not in name and not name.endswith("positions.table")
+    """Whether weight decay applies: not to biases, vectors, tokens, and tables of positions, absolute or relative."""
+    return parameter.ndim > 1 and "bias" not in name and not name.endswith(_UNDECAYED)
+
+
+def decays_in_adpe(name: str, parameter: nn.Parameter) -> bool:
+    """Whether AdPE as released decays it: all but vectors and biases, so tables and tokens `[1, 1, D]` too."""
+    return parameter.ndim > 1 and not name.endswith(".bias")
 
 
 def make_optimizer(
-    method: nn.Module, kind: str = "adamw", betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
+    method: nn.Module,
+    kind: str = "adamw",
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    decay_all: bool = False,
 ) -> Optimizer:
     """AdamW over the trainable parameters, in a decayed and an undecayed group; lr and decay are set every step.
 
-    Raises ValueError where `apex_adamw` is asked for and NVIDIA Apex or a GPU is missing.
+    `decay_all` groups them as the released AdPE does. Raises ValueError where `apex_adamw` is asked for and NVIDIA
+    Apex or a GPU is missing.
     """
+    rule = decays_in_adpe if decay_all else decays
     named = [(name, p) for name, p in method.named_parameters() if p.requires_grad]
     groups = [
-        {"params": [p for name, p in named if decays(name, p) is decayed], "decayed": decayed}
+        {"params": [p for name, p in named if rule(name, p) is decayed], "decayed": decayed}
         for decayed in (True, False)
     ]
     groups = [group for group in groups if group["params"]]

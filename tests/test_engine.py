@@ -1,7 +1,15 @@
 """Steps: gradient accumulation, clipping, float16 scaling, and ranks that agree."""
 
+import copy
+import os
+import subprocess
+import sys
+from unittest import mock
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from elsewhere.launch.build import build_method
 from elsewhere.launch.config import load_config
@@ -10,7 +18,8 @@ from elsewhere.launch.engine.precision import LossScaler, choose_precision
 from elsewhere.launch.monitor import NonFiniteLoss
 from elsewhere.launch.optim import clip_gradients, make_optimizer
 from elsewhere.launch.pretrain import pretrain
-from elsewhere.launch.world import World
+from elsewhere.launch.world import World, join
+from elsewhere.models.adversary import Adversary
 
 
 def run(settings):
@@ -138,3 +147,224 @@ def test_a_loss_that_is_not_finite_names_rank_and_step_and_saves_nothing(tiny, t
     for path in (tmp_path / "run").glob("checkpoints/step-*/state.pt"):
         state = torch.load(path, weights_only=True)["engine"]["method"]
         assert all(tensor.isfinite().all() for tensor in state.values())
+
+
+class Toy(torch.nn.Module):
+    """A method that one adversarial tensor moves and another scales, without normalisation over the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(3, 2)
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+
+    def forward(self, batch, adversary):
+        moved = (batch + adversary["shift"].sum(0)) * (1 + adversary["factor"][0])
+        return self.linear(moved).square().mean(), {}
+
+
+class Watched(Adversary):
+    """An adversary that remembers the gradients of its last step."""
+
+    def step(self, lr):
+        self.seen = [gradient.clone() for gradient in self.gradients()]
+        super().step(lr)
+
+
+def toy_engine(world=None, scaler=None, spread=0.0, **options):
+    """An engine with an adversary whose first values `spread` makes differ from rank to rank."""
+    world, method = world or World(), Toy()
+    optimizer = make_optimizer(method)
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-2
+    start = {"shift": torch.full((2, 3), 0.1 + spread * world.rank), "factor": torch.full((1, 3), 0.2)}
+    adversary = Watched(start, norm="l2", epsilon=1.0)
+    return DdpEngine(method, optimizer, world, scaler or LossScaler(False), adversary=adversary, **options)
+
+
+def toy_batch(size=8):
+    return torch.randn(size, 3, generator=torch.Generator().manual_seed(2))
+
+
+def take_step(engine, micro_batches, adversary_lr=0.1):
+    for micro, batch in enumerate(micro_batches):
+        engine.forward_backward(batch, micro)
+    return engine.step(adversary_lr)
+
+
+def everything(engine):
+    """Copies of all tensors that a step may move."""
+    state = engine.state_dict()
+    leaves = tree_leaves([state[part] for part in ("method", "optimizer", "adversary")])
+    return [leaf.clone() for leaf in leaves if isinstance(leaf, torch.Tensor)]
+
+
+def assert_same(one, other):
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def overflowing_step(world, where, rank):
+    """A good float16 step, then one where one gradient of `rank` overflows; whether all stayed, and the scale."""
+    engine = toy_engine(world, LossScaler(True, scale=1024.0))
+    share = toy_batch().tensor_split(world.size)[world.rank]
+    assert take_step(engine, [share])
+    before = everything(engine)
+    engine.forward_backward(share, 0)
+    if world.rank == rank:
+        leaf = engine.adversary.tensors["shift"] if where == "adversary" else engine.method.linear.weight
+        leaf.grad[0, 1] = float("inf")
+    applied = engine.step(0.1)
+    stayed = all(torch.equal(a, b) for a, b in zip(before, everything(engine), strict=True))
+    return {"applied": applied, "stayed": stayed, "scale": engine.scaler.value, "skipped": engine.scaler.skipped}
+
+
+def rank_main(path):
+    """What each of several processes does for the tests below; the first saves what all found."""
+    world = join("cpu")
+    share = toy_batch().tensor_split(world.size)[world.rank]
+    engine = toy_engine(world, spread=1.0)
+    found = {"start": engine.adversary.tensors["shift"].detach().clone()}
+    for accumulation in (1, 2):
+        engine = toy_engine(world, accumulation=accumulation)
+        with mock.patch("torch.distributed.all_reduce", wraps=torch.distributed.all_reduce) as exchange:
+            take_step(engine, share.tensor_split(accumulation))
+        found[f"gradients of {accumulation}"] = engine.adversary.seen
+        found[f"tensors after {accumulation}"] = [t.detach() for t in engine.adversary.tensors.values()]
+        found[f"exchanges of {accumulation}"] = exchange.call_count
+    for where, rank in (("adversary", 1), ("method", 0)):
+        found[f"overflow in {where}"] = overflowing_step(world, where, rank)
+    everyone = world.gather_host(found)
+    if world.first:
+        torch.save(everyone, path)
+    world.close()
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    """What two processes found in `rank_main`, a dictionary each."""
+    path = tmp_path_factory.mktemp("ranks") / "found.pt"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*launcher, __file__, str(path)], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return torch.load(path, weights_only=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_ranks_average_the_adversarys_gradients_to_those_of_one(accumulation, two_ranks):
+    whole = toy_engine()
+    take_step(whole, [toy_batch()])
+    for found in two_ranks:
+        torch.testing.assert_close(found[f"gradients of {accumulation}"], whole.adversary.seen, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_the_adversary_stays_the_same_on_all_ranks(two_ranks):
+    one, two = (found["tensors after 2"] for found in two_ranks)
+    assert_same(one, two)
+
+
+@pytest.mark.slow
+def test_the_adversary_starts_from_the_first_ranks_values(two_ranks):
+    for found in two_ranks:
+        assert_same(found["start"], torch.full((2, 3), 0.1))
+
+
+@pytest.mark.slow
+def test_a_step_exchanges_the_adversarys_gradients_once(two_ranks):
+    """However many tensors and micro-batches there are."""
+    assert [found[f"exchanges of {a}"] for found in two_ranks for a in (1, 2)] == [1, 1, 1, 1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["adversary", "method"])
+def test_an_overflow_on_one_rank_skips_method_and_adversary_on_both(where, two_ranks):
+    expected = {"applied": False, "stayed": True, "scale": 512.0, "skipped": 1}
+    assert [found[f"overflow in {where}"] for found in two_ranks] == [expected, expected]
+
+
+@pytest.mark.parametrize("where", ["adversary", "method"])
+def test_an_overflow_anywhere_skips_method_and_adversary(where):
+    expected = {"applied": False, "stayed": True, "scale": 512.0, "skipped": 1}
+    assert overflowing_step(World(), where, 0) == expected
+
+
+def test_micro_batches_give_the_adversary_the_gradient_of_the_whole_batch():
+    whole, parts = toy_engine(), toy_engine(accumulation=2)
+    take_step(whole, [toy_batch()])
+    take_step(parts, toy_batch().tensor_split(2))
+    torch.testing.assert_close(parts.adversary.seen, whole.adversary.seen, rtol=1e-5, atol=1e-6)
+
+
+def test_the_adversarys_gradients_are_unscaled():
+    plain, scaled = toy_engine(), toy_engine(scaler=LossScaler(True, scale=1024.0))
+    for engine in (plain, scaled):
+        take_step(engine, [toy_batch()])
+    torch.testing.assert_close(scaled.adversary.seen, plain.adversary.seen, rtol=1e-5, atol=1e-6)
+
+
+def test_the_adversarys_gradients_are_forgotten_after_a_step():
+    engine = toy_engine()
+    take_step(engine, [toy_batch()])
+    assert not any(gradient.any() for gradient in engine.adversary.gradients())
+
+
+def test_the_adversary_ascends_at_its_own_rate():
+    engine = toy_engine()
+    before = {name: tensor.detach().clone() for name, tensor in engine.adversary.tensors.items()}
+    take_step(engine, [toy_batch()], adversary_lr=0.03)
+    for name, tensor in engine.adversary.tensors.items():
+        torch.testing.assert_close(tensor.detach() - before[name], 0.03 * engine.adversary.seen.pop(0).sign())
+
+
+def test_clipping_leaves_the_adversary_alone():
+    free, clipped = toy_engine(), toy_engine(clip_grad=1e-3)
+    for engine in (free, clipped):
+        take_step(engine, [toy_batch()])
+    assert_same(clipped.adversary.seen, free.adversary.seen)
+
+
+class Waits(TorchDispatchMode):
+    """Counts how often the host asks a tensor for its value."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("float16", [False, True])
+def test_the_host_waits_for_the_overflow_flag_of_float16_alone(float16):
+    engine = toy_engine(scaler=LossScaler(float16), clip_grad=1.0)
+    engine.forward_backward(toy_batch(), 0)
+    with Waits() as waits:
+        engine.step(0.1)
+    assert waits.count == float16
+
+
+def test_an_engine_with_an_adversary_continues_bitwise_from_its_state():
+    one, other = toy_engine(), toy_engine()
+    take_step(one, [toy_batch()])
+    other.load_state_dict(copy.deepcopy(one.state_dict()))
+    for engine in (one, other):
+        take_step(engine, [toy_batch()])
+    assert_same(everything(one), everything(other))
+
+
+def test_a_state_with_and_a_run_without_an_adversary_do_not_fit():
+    attacked, alone = toy_engine(), toy_engine()
+    alone.adversary = None
+    with pytest.raises(ValueError, match=r"holds an adversary and this run trains none: set method.adversary"):
+        alone.load_state_dict(attacked.state_dict())
+    with pytest.raises(ValueError, match=r"holds no adversary and this run trains one: set method.adversary"):
+        attacked.load_state_dict(alone.state_dict())
+
+
+if __name__ == "__main__":
+    rank_main(sys.argv[1])
