@@ -9,6 +9,8 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from ..models.jepa import Jepa
+from .build import Method
 from .config import Config
 from .monitor import hardware, say
 from .parts import Parts
@@ -19,6 +21,36 @@ def _millions(module: nn.Module) -> str:
     return f"{sum(p.numel() for p in module.parameters()) / 1e6:.2f} M"
 
 
+def _trained(config: Config, method: Method) -> str:
+    """What trains, where its positions are uncertain, and what a published setting is known not to do."""
+    size = f"encoder {_millions(method.encoder)}"
+    if isinstance(method, Jepa):
+        return f"{size}, predictor {_millions(method.predictor)} parameters, noise on {config.method.stop.where}"
+    terms, adversary = config.model.relative.terms, config.method.adversary
+    positions = "absolute positions" if terms == "none" else f"relative positions on {terms}"
+    text = f"{size}, decoder {_millions(method.decoder)} parameters, {positions}"
+    if adversary.mode == "none":
+        return text
+    bound = "unbounded" if adversary.epsilon is None else f"{adversary.norm} ≤ {adversary.epsilon:g}"
+    return f"{text} under {adversary.mode} attack, {bound}"
+
+
+def cautions(config: Config) -> list[str]:
+    """What a user should know of this configuration before spending hours on it."""
+    adversary, found = config.method.adversary, []
+    relative = config.model.relative.terms != "none"
+    if relative and (adversary.mode, adversary.where, adversary.per) == ("embedding", "queries", "table"):
+        found.append(
+            "caution    this attack does nothing: softmax cancels one vector on a query's whole row; "
+            "method.adversary.where=keys acts"
+        )
+    if adversary.mode == "coordinate" and adversary.norm == "none":
+        found.append(
+            "caution    the shift is unbounded (method.adversary.norm=none); a line here will say so above 2 patches"
+        )
+    return found
+
+
 def banner(console: Console, config: Config, world: World, parts: Parts, start: str, notes: list[str]) -> None:
     """Hardware, precision and why, sizes, batch and steps, and where the run starts."""
     method, batch = parts.method, config.optim.batch_size
@@ -26,20 +58,21 @@ def banner(console: Console, config: Config, world: World, parts: Parts, start: 
     micro = f" × {parts.accumulation} micro-batches" if parts.accumulation > 1 else ""
     rows, columns = method.encoder.grid
     held_out = f"{len(parts.val):,} held out" if parts.val is not None else "none held out"
+    views = f" ({config.data.views} crops each)" if config.data.views > 1 else ""
+    teacher = " and teacher" if isinstance(method, Jepa) else ""
     lines = {
         "run": f"{config.run.dir}  ({config.about})" if config.about else config.run.dir,
         "hardware": f"{hardware(world)}, torch {torch.__version__}",
-        "precision": f"{dtype} ({parts.precision_reason}); parameters and teacher float32",
-        "model": f"encoder {_millions(method.encoder)}, predictor {_millions(method.predictor)} parameters, "
-        f"{rows}×{columns} patches, noise on {config.method.stop.where}, {parts.gflops_per_image:.3g} GFLOP an image",
-        "data": f"{len(parts.train):,} images to train, {held_out}, {parts.workers} workers",
+        "precision": f"{dtype} ({parts.precision_reason}); parameters{teacher} float32",
+        "model": f"{_trained(config, method)}, {rows}×{columns} patches, {parts.gflops_per_image:.3g} GFLOP an image",
+        "data": f"{len(parts.train):,} images to train{views}, {held_out}, {parts.workers} workers",
         "batch": f"{batch} = {world.size} ranks × {parts.micro_batch}{micro}; {parts.steps_per_epoch} steps an epoch, "
         f"{parts.steps} in all",
         "start": start,
     }
     for name, text in lines.items():
         say(console, f"{name:10} {text}")
-    for note in notes:
+    for note in [*cautions(config), *notes]:
         say(console, note)
 
 

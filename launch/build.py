@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,12 +11,17 @@ from torch.optim import Optimizer
 
 from ..data.augment import Augment
 from ..data.masks import block_masks
+from ..data.random_masks import RandomMasks
+from ..models.adversary import Adversary
 from ..models.jepa import Jepa, Predictor, Stop
+from ..models.mae import Attack, Decoder, Mae
+from ..models.relative import Relative
 from ..models.vit import SIZES, Encoder, Size
-from .config import Config, Data, FreezeSection, Model
+from .config import Config, Data, FreezeSection
 from .errors import UserError, user_errors
-from .optim import Freeze, Schedules, make_optimizer
+from .optim import Freeze, Schedules, mae_first_counter, make_optimizer, scaled_lr
 
+Method = Jepa | Mae
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
@@ -41,23 +47,57 @@ def _check_width(section: str, size: Size, positions: str) -> None:
         raise UserError(f"{section}.width={size.width} is not a multiple of 4, as sin-cos positions need; change it.")
 
 
-def build_encoder(model: Model) -> Encoder:
-    """The encoder of a `model` section; UserError for sizes that do not fit together."""
+def build_encoder(config: Config) -> Encoder:
+    """The encoder of a configuration; UserError for sizes that do not fit together."""
+    model = config.model
     given = {key: getattr(model, key) for key in ("width", "depth", "heads", "mlp_ratio")}
     size = replace(SIZES[model.size], **{key: value for key, value in given.items() if value is not None})
     _check_width("model", size, model.positions)
     with user_errors():
         return Encoder(
-            model.image_size, model.patch_size, model.channels, size,
-            positions=model.positions, norm=model.norm, depth_scaled_init=model.depth_scaled_init,
-            init_std=model.init_std,
+            model.image_size, model.patch_size, model.channels, size, positions=model.positions,
+            class_token=config.method.kind != "jepa", relative=_relative(config), **_init(config),
         )  # fmt: skip
 
 
-def build_method(config: Config) -> Jepa:
-    """The method with fresh weights, which are a function of `seed`."""
+def _relative(config: Config) -> Relative | None:
+    section = config.model.relative.model_dump()
+    return Relative(**section) if section["terms"] != "none" else None
+
+
+def _init(config: Config) -> dict[str, Any]:
+    """What encoder, predictor and decoder have in common: layer norms and first weights."""
+    model = config.model
+    std = model.init_std if model.init == "normal" else None
+    return {"norm": model.norm, "depth_scaled_init": model.depth_scaled_init, "init_std": std}
+
+
+def build_method(config: Config) -> Method:
+    """The method with fresh weights, which are a function of `seed`; UserError for sizes that do not fit together."""
     torch.manual_seed(config.seed)
-    encoder, section = build_encoder(config.model), config.method.predictor
+    encoder = build_encoder(config)
+    mean, std = pixel_statistics(config.data, config.model.channels)
+    if config.method.kind == "jepa":
+        return _build_jepa(config, encoder, mean, std)
+    visible_only = config.method.kind == "mae"
+    section, relative = config.method.decoder, _relative(config)
+    size = Size(section.width, section.depth, section.heads)
+    _check_width("method.decoder", size, "sincos")
+    adversary = config.method.adversary
+    with user_errors():
+        decoder = Decoder(
+            encoder.size.width, encoder.grid, size, encoder.channels * encoder.patch_size**2, visible_only,
+            encoder.num_prefix_tokens, relative=relative, **_init(config),
+        )  # fmt: skip
+    return Mae(
+        encoder, decoder, visible_only=visible_only, mask_token=config.method.mask_token,
+        attack=Attack(adversary.mode, adversary.where, adversary.per),
+        normalise_pixels=config.method.normalise_pixels, mean=mean, std=std,
+    )  # fmt: skip
+
+
+def _build_jepa(config: Config, encoder: Encoder, mean: list[float], std: list[float]) -> Jepa:
+    section = config.method.predictor
     size = Size(section.width, section.depth, section.heads or encoder.size.heads)
     _check_width("method.predictor", size, section.positions)
     layers = config.method.teacher.layers
@@ -65,23 +105,38 @@ def build_method(config: Config) -> Jepa:
         raise UserError(
             f"method.teacher.layers={layers} is more than the {encoder.size.depth} layers of the encoder; lower it."
         )
-    mean, std = pixel_statistics(config.data, config.model.channels)
     stop = Stop(**config.method.stop.model_dump())
     with user_errors():
         predictor = Predictor(
-            encoder.size.width, encoder.grid, size, stop, config.method.mask_token,
-            section.positions, config.model.norm, config.model.depth_scaled_init, config.model.init_std,
-        )  # fmt: skip
+            encoder.size.width, encoder.grid, size, stop, config.method.mask_token, section.positions, **_init(config)
+        )
     return Jepa(
         encoder, predictor, seed=config.seed, mean=mean, std=std,
         teacher_layers=layers, pairing=config.method.pairing,
     )  # fmt: skip
 
 
+def build_adversary(config: Config, method: Method) -> Adversary | None:
+    """The adversary of the configuration with its first tensors, a function of `seed`; None where there is none."""
+    section = config.method.adversary
+    if section.mode == "none" or not isinstance(method, Mae):
+        return None
+    torch.manual_seed(config.seed)
+    optim = config.optim
+    with user_errors():
+        return Adversary(
+            method.attack_tensors(), norm=section.norm, epsilon=section.epsilon, betas=optim.betas, eps=optim.eps,
+            weight_decay=section.weight_decay,
+        )  # fmt: skip
+
+
 def build_masks(config: Config, grid: tuple[int, int]):
     """The mask maker of the configuration; UserError where its masks cannot fit the grid."""
     section = config.mask.model_dump()
+    ratio = section.pop("ratio")
     with user_errors():
+        if config.method.kind != "jepa":
+            return RandomMasks(grid, ratio, config.data.views)
         return block_masks(section.pop("setting"), grid=grid, **section)
 
 
@@ -92,27 +147,36 @@ def build_augment(config: Config) -> Augment:
         return Augment(
             size=config.model.image_size, crop_scale=data.crop_scale, crop_aspect=data.crop_aspect,
             interpolation=data.interpolation, flip=data.flip, blur=data.blur, grayscale=data.grayscale,
-            colour_jitter=data.colour_jitter,
+            colour_jitter=data.colour_jitter, views=data.views,
         )  # fmt: skip
 
 
-def build_schedules(config: Config, steps_per_epoch: int) -> Schedules:
-    """Learning rate, weight decay and momentum of every step."""
+def build_schedules(config: Config, steps_per_epoch: int, accumulation: int = 1) -> Schedules:
+    """Learning rate, weight decay and momentum of every step; `accumulation` matters to `mae_micro` alone."""
     optim, teacher = config.optim, config.method.teacher
+    first = {"stop": 1.0, "mae": 0.0, "mae_micro": mae_first_counter(accumulation)}[optim.schedule]
 
     def freeze(section: FreezeSection | None) -> Freeze | None:
         return Freeze(section.epoch, section.strategy) if section else None
 
     return Schedules(
-        steps_per_epoch=steps_per_epoch, epochs=optim.epochs, lr=optim.lr, start_lr=optim.start_lr,
+        steps_per_epoch=steps_per_epoch, epochs=optim.epochs, lr=optim.rate, start_lr=optim.start_lr,
         final_lr=optim.final_lr, warmup_epochs=optim.warmup_epochs, weight_decay=optim.weight_decay,
         final_weight_decay=optim.final_weight_decay, momentum=teacher.momentum,
         final_momentum=teacher.final_momentum, stretch=optim.stretch,
         freeze_lr=freeze(optim.freeze_lr), freeze_weight_decay=freeze(optim.freeze_weight_decay),
+        first_counter=first, whole_steps=optim.schedule == "stop",
     )  # fmt: skip
+
+
+def adversary_schedules(config: Config, schedules: Schedules) -> Schedules:
+    """The schedules of the adversary's learning rate: the method's around its own peak, or constant."""
+    section = config.method.adversary
+    return schedules.with_lr(scaled_lr(section.base_lr, config.optim.batch_size), section.schedule == "constant")
 
 
 def build_optimizer(config: Config, method: nn.Module) -> Optimizer:
     """The optimiser of the configuration; UserError where it needs what this machine lacks."""
+    optim = config.optim
     with user_errors():
-        return make_optimizer(method, config.optim.kind, config.optim.betas, config.optim.eps)
+        return make_optimizer(method, optim.kind, optim.betas, optim.eps, optim.decay_all)

@@ -16,6 +16,7 @@ import os  # noqa: E402
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import argparse  # noqa: E402
+import json  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
 from importlib.metadata import version  # noqa: E402
 
@@ -46,9 +47,32 @@ def _parser() -> argparse.ArgumentParser:
     pretrain.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # deepspeed's launcher
     recipe_command("show", "Print a recipe with its bases and overrides merged.")
     commands.add_parser("configs", help="List the packaged recipes.", description="List the packaged recipes.")
-    bench = commands.add_parser("bench", help="Measure a part on this machine.")
-    bench.add_argument("part", choices=["masks"], help="masks: images per second of the mask samplers")
+    bench = commands.add_parser("bench", help="Measure a part on this machine.").add_subparsers(
+        dest="part", required=True, metavar="PART"
+    )
+    text = "Images per second of the mask samplers."
+    bench.add_parser("masks", help=text, description=text)
+    text = "The forms of relative attention, forward and backward, interleaved in one run."
+    bench.add_parser("kernels", help=text, description=text)
+    text = "Whole training steps of recipes and their variants, interleaved in one run, on random images."
+    step = bench.add_parser("step", help=text, description=text)
+    step.add_argument(
+        "recipes", nargs="+", metavar="RECIPE|key=value", help="recipes to compare, and settings for all of them"
+    )
+    step.add_argument("--vary", action="append", default=[], metavar="key=a,b", help="also compare these values")
+    step.add_argument("--batch", type=_positive, help="images per step (8 on a CPU, 128 on a GPU, or micro_batch)")
+    step.add_argument("--steps", type=_positive, default=3, help="steps of one turn")
+    step.add_argument("--rounds", type=_positive, default=5, help="turns of each case")
+    for command in bench.choices.values():
+        command.add_argument("--json", type=Path, metavar="FILE", help="write the result there as well")
     return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return value
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -103,10 +127,27 @@ def _configs(_: argparse.Namespace) -> int:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    from . import bench
+    if arguments.part == "masks":
+        from .bench import bench_masks, print_masks_table
 
-    assert arguments.part == "masks"
-    bench.print_masks_table(bench.bench_masks())
+        result = bench_masks()
+        print_masks_table(result)
+    elif arguments.part == "kernels":
+        from .bench_kernels import bench_relative, print_relative_table
+
+        result = bench_relative()
+        print_relative_table(result)
+    else:
+        from .bench_step import bench_step, print_step_table, variants
+
+        recipes = [item for item in arguments.recipes if "=" not in item]
+        if not recipes:
+            raise UserError("Name a recipe to measure, e.g. elsewhere bench step cifar10_maeplus_rpe.")
+        cases = variants(recipes, [item for item in arguments.recipes if "=" in item], arguments.vary)
+        result = bench_step(cases, arguments.batch, arguments.steps, arguments.rounds)
+        print_step_table(result)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=1), encoding="utf-8")
     return 0
 
 

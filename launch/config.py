@@ -14,8 +14,9 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from .consistency import contradiction
 from .errors import UserError
 
 RECIPES = Path(__file__).resolve().parent.parent / "configs"
@@ -37,6 +38,18 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", populate_by_name=True, validate_default=True, allow_inf_nan=False)
 
 
+class RelativeSection(Section):
+    """Relative positions (image RPE) of MAE+ in encoder and decoder, beside the absolute ones."""
+
+    terms: Literal["none", "k", "q", "v", "qk", "qv", "kv", "qkv"] = "none"  # what gets a relative term
+    lookup: Literal["hard", "interpolated", "published"] = "hard"  # buckets, or a table read between them
+    method: Literal["product", "cross", "euclidean", "quantised"] = "product"
+    mode: Literal["contextual", "bias"] = "contextual"
+    shared: bool = True  # one table for all heads of a layer
+    ratio: Positive = 1.9
+    scaled_queries: bool = True  # False: as in the released fine-tuning
+
+
 class Model(Section):
     """The encoder: a named size, or that size with some numbers replaced."""
 
@@ -49,9 +62,11 @@ class Model(Section):
     image_size: Annotated[tuple[Count, Count], BeforeValidator(_pair)] = (224, 224)
     channels: Count = 3
     positions: Literal["sincos", "learned"] = "sincos"
+    relative: RelativeSection = RelativeSection()
     norm: Literal["torch", "apex"] = "torch"
+    init: Literal["normal", "xavier"] = "normal"
+    init_std: Positive = 0.02  # of every Linear (normal); narrow encoders want more, e.g. 0.55 / sqrt(width)
     depth_scaled_init: bool = True
-    init_std: Positive = 0.02  # of every Linear; narrow encoders want more, e.g. 0.55 / sqrt(width)
 
 
 class PredictorSection(Section):
@@ -75,16 +90,46 @@ class Teacher(Section):
     layers: Count = 1
 
 
+class DecoderSection(Section):
+    width: Count = 512
+    depth: Count = 8
+    heads: Count = 16
+
+
+class AdversarySection(Section):
+    """Adversarial positions (AdPE) of MAE+: what moves the masked patches' positions up the loss, and its bound."""
+
+    mode: Literal["none", "embedding", "coordinate"] = "none"
+    where: Literal["keys", "queries"] = "keys"  # relative embedding: masked keys, or masked queries (published)
+    per: Literal["table", "bucket"] = "table"  # relative embedding: one vector, or one for every bucket
+    norm: Literal["none", "l2", "linf"] = "none"
+    epsilon: Positive | None = None  # the bound: patches for a coordinate
+    base_lr: Annotated[float, Field(ge=0)] = 1.5e-4  # per 256 images, as optim.base_lr
+    schedule: Literal["cosine", "constant"] = "cosine"
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+
+
 class Method(Section):
-    kind: Literal["jepa"] = "jepa"
+    """What is trained: I-JEPA (with StoP), MAE, or MAE+ (with AdPE); each has settings of its own."""
+
+    kind: Literal["jepa", "mae", "mae_plus"] = "jepa"
+    mask_token: Literal["learned", "projection_bias", "none", "adversary"] = "learned"
+    # jepa
     predictor: PredictorSection = PredictorSection()
     stop: StopSection = StopSection()
-    mask_token: Literal["learned", "projection_bias", "none"] = "learned"
     teacher: Teacher = Teacher()
     pairing: Literal["paired", "published"] = "paired"
+    # mae, mae_plus
+    decoder: DecoderSection = DecoderSection()
+    normalise_pixels: bool = True
+    # mae_plus
+    adversary: AdversarySection = AdversarySection()
 
 
 class Mask(Section):
+    """Block masks for jepa; for mae and mae_plus a share `ratio` of the patches, drawn at random."""
+
+    ratio: Fraction = 0.75
     setting: Literal["recommended", "published"] = "recommended"
     context_blocks: Count = 1
     target_blocks: Count = 4
@@ -102,6 +147,7 @@ class Data(Section):
     on_error: Literal["stop", "skip"] = "stop"
     mean: list[float] | None = None  # ImageNet's for three channels, else 0.5
     std: list[Positive] | None = None  # ImageNet's for three channels, else 0.25
+    views: Count = 1  # crops of each image, from one decode
     crop_scale: Range = (0.3, 1.0)
     crop_aspect: Range = (0.75, 4 / 3)
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
@@ -120,7 +166,9 @@ class Optim(Section):
     kind: Literal["adamw", "apex_adamw"] = "adamw"
     batch_size: Count = 2048  # images per optimiser step over all ranks
     epochs: Count = 600
-    lr: Positive = 8e-4
+    lr: Positive | None = 8e-4
+    base_lr: Positive | None = None  # in place of lr: per 256 images of batch_size
+    schedule: Literal["stop", "mae", "mae_micro"] = "stop"  # step 0 counts as 1, as 0, or moves with micro-batches
     start_lr: Annotated[float, Field(ge=0)] = 2e-4
     final_lr: Annotated[float, Field(ge=0)] = 1e-4
     warmup_epochs: Annotated[float, Field(ge=0)] = 15
@@ -131,8 +179,28 @@ class Optim(Section):
     freeze_weight_decay: FreezeSection | None = None
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: Positive = 1e-8
+    decay_all: bool = False  # also tokens and relative tables, as the released AdPE
     clip_grad: Annotated[float, Field(ge=0)] = 0.0
     clip_scope: Literal["all", "encoder"] = "all"
+
+    @model_validator(mode="after")
+    def _one_rate(self) -> Optim:
+        if self.base_lr is not None and "lr" not in self.model_fields_set:
+            self.lr = None
+        if (self.lr is None) == (self.base_lr is None):
+            raise ValueError(
+                "optim.lr and optim.base_lr (per 256 images) say the same thing twice; set the other to null"
+                if self.lr else "there is no learning rate; set optim.lr, or optim.base_lr per 256 images"
+            )  # fmt: skip
+        return self
+
+    @property
+    def rate(self) -> float:
+        """The peak learning rate."""
+        if self.lr is not None:
+            return self.lr
+        assert self.base_lr is not None
+        return self.base_lr * self.batch_size / 256
 
 
 class Init(Section):
@@ -163,6 +231,7 @@ class Monitor(Section):
     pictures_every: Annotated[int, Field(ge=0)] = 1000
     collapse_every: Annotated[int, Field(ge=0)] = 200
     collapse_rank: Annotated[float, Field(ge=1)] = 2.0  # warn below this effective rank
+    adversary_every: Annotated[int, Field(ge=0)] = 200  # steps between two measurements of the attack's gain
     peak_tflops: Positive | None = None
     tensorboard: bool = True
     progress: bool = True
@@ -202,6 +271,13 @@ class Config(Section):
     monitor: Monitor = Monitor()
     probe: Probe = Probe()
     run: Run = Run()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Config:
+        complaint = contradiction(self)
+        if complaint:
+            raise ValueError(complaint)
+        return self
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionaries, lists and numbers, with the names that YAML uses."""
@@ -323,6 +399,9 @@ def _explain(error: ValidationError) -> str:
         text = f"{where}={first['input']} is not possible; choose {first.get('ctx', {})['expected']}."
     elif first["type"] in ("model_type", "model_attributes_type"):
         text = f"{where} is a group of settings; set one of them, e.g. {_example(where)}=…."
+    elif first["type"] == "value_error":
+        text = str(first["ctx"]["error"]).rstrip(".") + "."
+        text = text[0].upper() + text[1:] if text.startswith("there") else text
     elif first["type"] == "missing":
         text = f"{where} must be set as well."
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import pickle
 from pathlib import Path
 
@@ -10,8 +11,8 @@ from torch import Tensor
 
 from ..models.jepa import Jepa
 from ..models.vit import Encoder
-from ..models.zoo import from_released_encoder
-from .build import build_encoder, pixel_statistics
+from ..models.zoo import from_released_encoder, from_released_mae
+from .build import Method, build_encoder, pixel_statistics
 from .checkpoint import Checkpoints, Saved, inspect
 from .config import Config, load_config
 from .errors import UserError
@@ -38,35 +39,72 @@ def find_checkpoint(path: Path) -> Saved | None:
 def encoder_state(path: Path, which: str = "teacher") -> tuple[dict[str, Tensor], str, Config | None]:
     """An encoder's state from a run, a checkpoint folder or a released `.pth` file, what it is, and its configuration.
 
-    `which` is teacher or student. Raises UserError if there is nothing that can be read.
+    `which` is teacher or student, where there are two. Raises UserError if there is nothing that can be read.
     """
     if path.is_dir():
         saved = find_checkpoint(path)
         if saved is None:
             raise UserError(f"{path} holds neither a run nor a checkpoint.")
-        prefix = "teacher." if which == "teacher" else "encoder."
         state = saved.load()["engine"]["method"]
-        found = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-        return found, f"the {which} of {saved.path}", Config.model_validate(saved.about["config"])
+        taught = any(name.startswith("teacher.") for name in state)
+        prefix, what = ("teacher.", "teacher") if taught and which == "teacher" else ("encoder.", "encoder")
+        return _part(state, prefix), f"the {what} of {saved.path}", Config.model_validate(saved.about["config"])
     if not path.is_file():
         raise UserError(f"{path} does not exist; give a run, a checkpoint folder or a released checkpoint file.")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        # The released AdPE saves its arguments, too: a plain namespace, and nothing else beside tensors is allowed.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
         raise UserError(
             f"{path} cannot be read as weights: {(str(error) or type(error).__name__).splitlines()[0]}"
         ) from error
     key = "target_encoder" if which == "teacher" else "encoder"
+    if isinstance(state, dict) and isinstance(state.get("model"), dict):
+        return _part(from_released_mae(state["model"])[0], "encoder."), f"the encoder of {path}", None
     if not isinstance(state, dict) or key not in state:
-        raise UserError(f"{path} is not a released StoP or I-JEPA checkpoint: it has no {key}.")
-    return state[key], f"the {key} of {path}", None
+        raise UserError(f"{path} is not a released StoP, I-JEPA or AdPE checkpoint: it has no {key} and no model.")
+    return from_released_encoder(state[key]), f"the {key} of {path}", None
+
+
+def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+def _take_up(encoder: Encoder, state: dict[str, Tensor], what: str) -> None:
+    """Load an encoder's state; UserError that says in which respect `what` is of another encoder."""
+
+    def terms(names):
+        found = {name.split("relative_")[1][0] for name in names if "relative_" in name}
+        return f"relative positions on {''.join(sorted(found))}" if found else "absolute positions alone"
+
+    mine = encoder.state_dict()
+    if terms(state) != terms(mine):
+        raise UserError(
+            f"{what} has {terms(state)} and this recipe's encoder {terms(mine)}; set model.relative.terms to match."
+        )
+    if ("cls_token" in state) != ("cls_token" in mine):
+        there, here = ("a", "none") if "cls_token" in state else ("no", "one")
+        raise UserError(f"{what} has {there} class token and this recipe's encoder {here}; set method.kind to match.")
+    for name in sorted(mine.keys() & state.keys()):
+        if mine[name].shape != state[name].shape:
+            raise UserError(
+                f"{what} does not fit this recipe's encoder: {name} is {tuple(state[name].shape)} there and "
+                f"{tuple(mine[name].shape)} here; set model as it was trained."
+            )
+    differ = sorted(mine.keys() ^ state.keys())
+    if differ:
+        side = "lacks" if differ[0] in mine else "has beyond this recipe's encoder"
+        raise UserError(f"{what} {side} {differ[0]}; set model as it was trained.")
+    encoder.load_state_dict(state)
 
 
 def load(path: str | Path, which: str = "teacher", recipe: str | None = None) -> Encoder:
     """The pre-trained encoder of a run or checkpoint, in evaluation mode, with timm's feature interface.
 
-    `which` is teacher or student; a released checkpoint file needs the `recipe` that describes its encoder, e.g.
-    `published/stop_vit_b16`. The normalisation that it was trained with is in `encoder.pixel_mean` and `pixel_std`.
+    `which` is teacher or student (a masked autoencoder has but one encoder); a released checkpoint file needs the
+    `recipe` that describes its encoder, e.g. `published/stop_vit_b16`. The normalisation that it was trained with is
+    in `encoder.pixel_mean` and `pixel_std`.
     Raises UserError if it cannot be read.
     """
     if which not in ("teacher", "student"):
@@ -77,29 +115,21 @@ def load(path: str | Path, which: str = "teacher", recipe: str | None = None) ->
         config = load_config(recipe)
     if config is None:
         raise UserError(f"{path} does not describe its encoder; name a recipe: load(path, recipe=…).")
-    encoder = build_encoder(config.model)
-    try:
-        encoder.load_state_dict(from_released_encoder(state))
-    except RuntimeError as error:
-        raise UserError(f"The weights in {path} are not those of the recipe's encoder: {error}") from error
+    encoder = build_encoder(config)
+    _take_up(encoder, state, str(path))
     encoder.pixel_mean, encoder.pixel_std = pixel_statistics(config.data, config.model.channels)  # pyright: ignore
     return encoder.eval()
 
 
-def start_from(method: Jepa, path: str) -> str:
-    """Give encoder and teacher the encoder weights at `path` (a run, a checkpoint, a released file); says what it took.
+def start_from(method: Method, path: str) -> str:
+    """Give the encoder (and teacher) the weights at `path` (a run, a checkpoint, a released file); says what it took.
 
-    Raises UserError if the file cannot be read or its shapes are another encoder's.
+    Raises UserError if the file cannot be read or holds another encoder's weights.
     """
     try:
         state, what, _ = encoder_state(Path(path))
+        for module in (method.encoder, method.teacher) if isinstance(method, Jepa) else (method.encoder,):
+            _take_up(module, state, path)
     except UserError as error:
         raise UserError(f"init.from: {error}") from error
-    state = from_released_encoder(state)
-    for module in (method.encoder, method.teacher):
-        try:
-            module.load_state_dict(state)
-        except RuntimeError as error:
-            first = str(error).split("\n\t")[1].strip() if "\n\t" in str(error) else str(error)
-            raise UserError(f"init.from={path} does not fit this model: {first}") from error
     return what

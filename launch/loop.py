@@ -1,4 +1,4 @@
-"""The loop: batch, loss, backward, step, teacher, log, upkeep."""
+"""The loop: batch, loss, backward, step (method down, adversary up), teacher, log, upkeep."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ def train(
     engine: DdpEngine,
     loader: Iterable[Batch],
     schedules: Schedules,
+    adversary_schedules: Schedules,
     monitor: Monitor,
     upkeep: Callable[[int, Batch, int], bool],
     first: int,
@@ -38,7 +39,7 @@ def train(
             total += loss / engine.accumulation
             scalars = {name: scalars.get(name, 0.0) + value / engine.accumulation for name, value in values.items()}
             redraws, skipped, images = redraws + batch.redraws, skipped + batch.skipped, images + len(batch)
-        applied = engine.step()
+        applied = engine.step(adversary_schedules.lr_at(step))
         if applied:  # a skipped step leaves the teacher where it is
             engine.method.after_step(schedules.momentum_at(step))  # pyright: ignore
         if engine.clipped_norm is not None:
@@ -53,6 +54,9 @@ def train(
             "weight_decay": schedules.weight_decay_at(step),
             "momentum": schedules.momentum_at(step),
         }
+        if engine.adversary:
+            scalars |= {f"adversary_{name}": norm for name, norm in engine.adversary.norms().items()}
+            facts["adversary_lr"] = adversary_schedules.lr_at(step)
         if engine.scaler.enabled:
             facts |= {"loss_scale": engine.scaler.value, "skipped_steps": float(engine.scaler.skipped)}
         monitor.record(total, scalars, facts, wait)

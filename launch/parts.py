@@ -11,8 +11,9 @@ import numpy as np
 from ..data.augment import Augment
 from ..data.images import DataError, NoHeldOutImages, Source, TorchDataset, open_source
 from ..data.loader import check_batch_sizes
+from ..data.masks import Masks
 from ..models.jepa import Jepa
-from .build import build_augment, build_masks, build_method, build_schedules
+from .build import Method, adversary_schedules, build_augment, build_masks, build_method, build_schedules
 from .config import Config
 from .engine.precision import choose_precision
 from .errors import UserError
@@ -24,12 +25,13 @@ from .world import World
 class Parts:
     """Method, sources, masks, augmentation and schedules of a run, and how its batch divides."""
 
-    method: Jepa
+    method: Method
     train: Source
     val: Source | None
     masks: Any
     augment: Augment
     schedules: Schedules
+    adversary_schedules: Schedules
     micro_batch: int
     accumulation: int
     steps_per_epoch: int
@@ -48,15 +50,26 @@ def assemble(config: Config, world: World, dataset: Any = None, val_dataset: Any
     micro = config.loader.micro_batch or max(1, batch // world.size)  # by default the rank's whole share
     check_batch_sizes(len(train), batch, micro, world.size)
     method.compute_dtype, reason = choose_precision(config.engine.precision, world.device)
-    per_epoch = len(train) // batch
+    per_epoch, accumulation = len(train) // batch, batch // world.size // micro
+    schedules = build_schedules(config, per_epoch, accumulation)
     first = masks(config.seed, 0, 0, np.arange(min(64, len(train))))
-    tokens = (first.context.shape[0], first.context.shape[2], first.targets.shape[0], first.targets.shape[2])
     return Parts(
         method=method, train=train, val=val, masks=masks, augment=augment,
-        schedules=build_schedules(config, per_epoch), micro_batch=micro, accumulation=batch // world.size // micro,
+        schedules=schedules, adversary_schedules=adversary_schedules(config, schedules),
+        micro_batch=micro, accumulation=accumulation,
         steps_per_epoch=per_epoch, steps=per_epoch * config.optim.epochs, workers=_workers(config, world),
-        precision_reason=reason, gflops_per_image=method.flops_per_image(*tokens) / 1e9,
+        precision_reason=reason, gflops_per_image=_flops(method, first) / 1e9,
     )  # fmt: skip
+
+
+def _flops(method: Method, masks: Masks) -> float:
+    """Floating-point operations of a training step per image, for masks like these."""
+    if isinstance(method, Jepa):
+        assert masks.context is not None and masks.targets is not None
+        (contexts, _, context), (blocks, _, target) = masks.context.shape, masks.targets.shape
+        return method.flops_per_image(contexts, context, blocks, target)
+    assert masks.visible is not None
+    return method.flops_per_image(*masks.visible.shape[1:])
 
 
 def _sources(config: Config, dataset: Any, val_dataset: Any) -> tuple[Source, Source | None]:

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from ..data.loader import Loader
 from .banner import accuracy, banner, summary
-from .build import build_optimizer
+from .build import build_adversary, build_optimizer
 from .checkpoint import Checkpoints
 from .config import Config, load_config
 from .engine.ddp import DdpEngine
@@ -73,9 +73,11 @@ def pretrain(
             start = f"encoder weights from {world.agree(lambda: start_from(parts.method, path))}"
         method = parts.method.to(world.device)
         optimizer = world.agree(lambda: build_optimizer(config, method))
+        adversary = world.agree(lambda: build_adversary(config, parts.method))
         engine = DdpEngine(
             method, optimizer, world, LossScaler(config.engine.precision == "float16"),
             parts.accumulation, config.optim.clip_grad, config.optim.clip_scope,
+            adversary.to(world.device) if adversary else None,
         )  # fmt: skip
         if saved:
             world.agree(lambda: restore(engine, saved))
@@ -146,7 +148,9 @@ def _train(
         )  # fmt: skip
         monitor.restart_clock()
         with upkeep:
-            result.steps = train(engine, loader, parts.schedules, monitor, upkeep, first, last)
+            result.steps = train(
+                engine, loader, parts.schedules, parts.adversary_schedules, monitor, upkeep, first, last
+            )
             upkeep.signals.finish()
         result.complete = result.steps == last
         monitor.flush()

@@ -12,7 +12,7 @@ from ..data.augment import evaluation_view
 from ..data.decode import UnreadableImage
 from ..data.images import Source
 from ..data.streams import generator
-from ..models.jepa import Jepa
+from .build import Method
 from .config import Probe
 from .world import World
 
@@ -43,11 +43,18 @@ def _stack(items: list) -> tuple[torch.Tensor, list[int], list[int]]:
 
 @torch.no_grad()
 def features(
-    method: Jepa, source: Source, indices: np.ndarray, interpolation: str, world: World, workers: int, batch: int = 128
+    method: Method,
+    source: Source,
+    indices: np.ndarray,
+    interpolation: str,
+    world: World,
+    workers: int,
+    batch: int = 128,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mean teacher tokens `[n, width]` float32 and labels `[n]` of the images at `indices`, in their order.
+    """Mean patch tokens `[n, width]` float32 and labels `[n]` of the images at `indices`, in their order.
 
-    Every rank takes a share and gets all; images that cannot be read are left out.
+    The encoder is the one that the method wants observed (the teacher, where there is one). Every rank takes a share
+    and gets all; images that cannot be read are left out.
     """
     views = _Views(source, indices[world.rank :: world.size], method.encoder.image_size, interpolation)
     loader = DataLoader(views, batch, num_workers=workers, collate_fn=_stack)
@@ -58,8 +65,8 @@ def features(
         if len(images):
             images = method.normalise(images.to(world.device))
             with torch.autocast(world.device.type, method.compute_dtype, method.compute_dtype != torch.float32):
-                tokens = method.teacher(images)
-            found.append(tokens.float().mean(dim=1).cpu().numpy())
+                tokens = method.observed(images)
+            found.append(method.observed.forward_head(tokens.float()).cpu().numpy())
             labels += label
             places += [world.rank + world.size * i for i in place]
     method.train(training)
@@ -108,9 +115,16 @@ def linear_accuracy(train: np.ndarray, labels: np.ndarray, val: np.ndarray, trut
 
 
 def probe(
-    method: Jepa, train: Source, val: Source, section: Probe, interpolation: str, seed: int, world: World, workers: int
+    method: Method,
+    train: Source,
+    val: Source,
+    section: Probe,
+    interpolation: str,
+    seed: int,
+    world: World,
+    workers: int,
 ) -> dict[str, Any] | None:
-    """k-NN and linear accuracy (0…1) of the frozen teacher; None without labels of two classes or more.
+    """k-NN and linear accuracy (0…1) of the frozen encoder; None without labels of two classes or more.
 
     With few labels per class the figures are means over `draws` choices of them, beside their standard deviation.
     """

@@ -40,7 +40,7 @@ def describe(config: Config, parts: Parts, step: int, ranks: int, before: dict |
         "samples": len(parts.train),
         "before": before,
         "config": config.to_dict(),
-        "result_settings": result_settings(config),
+        "accumulation": parts.accumulation,
         "precision": str(parts.method.compute_dtype).removeprefix("torch."),
         "ranks": ranks,
         "torch": torch.__version__,
@@ -49,7 +49,9 @@ def describe(config: Config, parts: Parts, step: int, ranks: int, before: dict |
 
 def check_same(config: Config, parts: Parts, saved: Saved, allow_change: bool) -> list[str]:
     """Notes on what differs without harm; UserError where a setting that changes the result is another than before."""
-    changed = differences(saved.about["result_settings"], result_settings(config))
+    # Through today's schema, so that a setting that is newer than the run counts as its default.
+    before = Config.model_validate(saved.about["config"])
+    changed = differences(result_settings(before), result_settings(config))
     if len(parts.train) != saved.about["samples"]:
         changed.append(f"images to train: {saved.about['samples']} -> {len(parts.train)}")
     if changed and not allow_change:
@@ -61,6 +63,12 @@ def check_same(config: Config, parts: Parts, saved: Saved, allow_change: bool) -
     precision = str(parts.method.compute_dtype).removeprefix("torch.")
     if precision != saved.about["precision"]:
         notes.append(f"changed    precision: {saved.about['precision']} -> {precision}; losses will differ slightly")
+    accumulation = saved.about.get("accumulation", parts.accumulation)
+    if config.optim.schedule == "mae_micro" and accumulation != parts.accumulation:
+        notes.append(
+            f"changed    micro-batches a step: {accumulation} -> {parts.accumulation}; optim.schedule=mae_micro takes "
+            "the learning rate of the last one, so losses will differ slightly"
+        )
     return notes
 
 

@@ -1,4 +1,4 @@
-"""What happens between steps: checkpoints, stop signals, probes, pictures and the collapse watch."""
+"""What happens between steps: checkpoints, stop signals, probes, and a look at what trains."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from typing import Any
 import torch
 
 from ..data.batch import Batch
-from ..models.jepa import Jepa
 from .checkpoint import Checkpoints
 from .config import Config
 from .engine.ddp import DdpEngine
-from .monitor import Monitor, NonFiniteLoss, rank_me
-from .pictures import draw_masks
+from .monitor import Monitor, NonFiniteLoss
+from .watch import Watch
 from .world import Signals, World
 
 _STOP, _SAVE = 0, 1
@@ -41,6 +40,7 @@ class Upkeep:
         self.config, self.world, self.engine, self.monitor = config, world, engine, monitor
         self.checkpoints, self.steps_per_epoch = checkpoints, steps_per_epoch
         self.describe, self.probe = describe, probe
+        self.watch = Watch(config, world, engine, monitor)
         self.signals = Signals(world, 2)
         self.received: int | None = None
         self._saved_at: int | None = None
@@ -69,11 +69,8 @@ class Upkeep:
     def __call__(self, step: int, batch: Batch, last: int) -> bool:
         epoch_ends = step % self.steps_per_epoch == 0
         epoch = step // self.steps_per_epoch
-        monitor, checkpoint = self.config.monitor, self.config.checkpoint
-        if monitor.pictures_every and (step == 1 or step % monitor.pictures_every == 0):
-            self._draw(batch)
-        if monitor.collapse_every and step % monitor.collapse_every == 0:
-            self._watch_collapse(batch)
+        checkpoint = self.config.checkpoint
+        self.watch(step, batch)
         every = self.config.probe.every_epochs
         if every and epoch_ends and epoch % every == 0 and step < last:
             self.monitor.flush()
@@ -97,7 +94,9 @@ class Upkeep:
         if self._saved_at == step:
             return
         self.monitor.flush()
-        finite = torch.stack([value.isfinite().all() for value in self.engine.method.parameters()]).all()
+        adversary = self.engine.adversary.tensors.values() if self.engine.adversary else ()
+        values = [*self.engine.method.parameters(), *adversary]
+        finite = torch.stack([value.isfinite().all() for value in values]).all()
         if not bool(finite):
             raise NonFiniteLoss(
                 f"Weights are not finite after step {step - 1} (rank {self.world.rank}); the last checkpoint is from "
@@ -110,24 +109,3 @@ class Upkeep:
         )
         self._saved_at, self._saved_when, self._asked = step, time.monotonic(), False
         self.monitor.restart_clock()
-
-    def _draw(self, batch: Batch) -> None:
-        if batch.context is not None and batch.targets is not None:
-            method = self.engine.method
-            assert isinstance(method, Jepa)
-            self.monitor.picture("masks", draw_masks(batch.images, batch.context, batch.targets, method.encoder.grid))
-
-    @torch.no_grad()
-    def _watch_collapse(self, batch: Batch) -> None:
-        method = self.engine.method
-        assert isinstance(method, Jepa)
-        with torch.autocast(self.world.device.type, method.compute_dtype, method.compute_dtype != torch.float32):
-            tokens = method.teacher(method.normalise(batch.images))
-        pooled = self.world.gather(tokens.float().mean(dim=1)).flatten(0, 1)
-        rank, spread = rank_me(pooled), float(pooled.std(dim=0).mean() / pooled.square().mean().sqrt().clamp_min(1e-12))
-        self.monitor.note({"rank_me": round(rank, 4), "feature_std": round(spread, 6)}, "collapse")
-        if rank < self.config.monitor.collapse_rank:
-            self.monitor.say(
-                f"The teacher's features have an effective rank of {rank:.2f} (monitor.collapse_rank="
-                f"{self.config.monitor.collapse_rank:g}): they may have collapsed; look at the probe and at optim.lr."
-            )

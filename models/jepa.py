@@ -149,6 +149,11 @@ class Jepa(nn.Module):
         self.register_buffer("mean", torch.tensor(mean).reshape(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).reshape(-1, 1, 1), persistent=False)
 
+    @property
+    def observed(self) -> Encoder:
+        """The encoder that is probed and watched: the teacher."""
+        return self.teacher
+
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 images `[B, C, H, W]` as normalised float32."""
         return (images.float() / 255 - self.mean) / self.std  # pyright: ignore

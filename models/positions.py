@@ -30,12 +30,22 @@ def sincos(dim: int, rows: Tensor, columns: Tensor) -> Tensor:
     """
     if dim % 4:
         raise ValueError(f"Sin-cos positions need a width that is a multiple of 4; {dim} is not.")
-    frequencies = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
+    frequencies = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64, device=columns.device) / (dim / 4))
     halves = []
     for coordinate in (columns, rows):
         angle = coordinate.to(torch.float64)[:, None] * frequencies
         halves += [angle.sin(), angle.cos()]
     return torch.cat(halves, dim=1)
+
+
+def shifted_sincos(dim: int, grid: tuple[int, int], shift: Tensor) -> Tensor:
+    """The sin-cos table `[N, dim]` float32 of a grid moved by `shift` `[2]` (rows and columns, in patches).
+
+    AdPE's coordinate attack on absolute positions; gradients reach `shift`.
+    """
+    rows, columns = (axis.to(shift.device) for axis in grid_coordinates(grid))
+    rows, columns = rows + shift[0].double(), columns + shift[1].double()
+    return sincos(dim, rows, columns).float()
 
 
 def interpolate_table(table: Tensor, grid: tuple[int, int], onto: tuple[int, int]) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,7 +12,9 @@ from timm.layers.patch_embed import PatchEmbed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from .attention import RelativeBlock
 from .positions import Positions
+from .relative import Relative, RelativeAttack
 
 
 @dataclass(frozen=True)
@@ -58,16 +60,19 @@ def norm_layer(kind: str = "torch") -> Callable[[int], nn.Module]:
     return partial(FusedLayerNorm, eps=1e-6)
 
 
-def initialise(module: nn.Module, blocks: nn.ModuleList, std: float = 0.02, depth_scaled: bool = True) -> None:
+def initialise(module: nn.Module, blocks: nn.ModuleList, std: float | None = 0.02, depth_scaled: bool = True) -> None:
     """Linear weights normal with `std` (cut at ±2), biases zero, LayerNorms one.
 
-    `depth_scaled` divides the last weight of each residual branch by sqrt(2 · layer), so that depth does not inflate
-    the residual. A patch embedding has std 0.02 at 16 × 16 × 3 inputs, as released, and for other patches what keeps
-    its output as large beside the positions: at 0.02, tokens of small patches would hardly differ between images.
+    `std=None` takes Xavier's uniform weights instead, for the patch embedding, too (MAE). `depth_scaled` divides the
+    last weight of each residual branch by sqrt(2 · layer), so that depth does not inflate the residual. A patch
+    embedding has std 0.02 at 16 × 16 × 3 inputs, as released, and for other patches what keeps its output as large
+    beside the positions: at 0.02, tokens of small patches would hardly differ between images.
     """
     for part in module.modules():
-        if isinstance(part, nn.Linear):
-            nn.init.trunc_normal_(part.weight, std=std)
+        if std is None and isinstance(part, nn.Linear | nn.Conv2d):
+            nn.init.xavier_uniform_(part.weight.data.flatten(1))
+        elif isinstance(part, nn.Linear):
+            nn.init.trunc_normal_(part.weight, std=std or 0.02)
         elif isinstance(part, nn.Conv2d):
             nn.init.trunc_normal_(part.weight, std=0.02 * math.sqrt(768 / part.weight[0].numel()))
         if isinstance(part, nn.Linear | nn.Conv2d) and part.bias is not None:
@@ -83,26 +88,50 @@ def take(tokens: Tensor, index: Tensor) -> Tensor:
     return torch.gather(tokens, 1, index[..., None].expand(-1, -1, tokens.shape[-1]))
 
 
-def encoder_flops(size: Size, tokens: int) -> float:
-    """Floating-point operations of a forward through the blocks for one sequence of `tokens`."""
+def encoder_flops(size: Size, tokens: int, relative: Relative | None = None) -> float:
+    """Floating-point operations of a forward through the blocks for one sequence of `tokens`.
+
+    A contextual relative term costs as much as the product of queries and keys.
+    """
     linear = 2 * tokens * size.width**2 * (4 + 2 * size.mlp_ratio)
-    return size.depth * (linear + 4 * tokens**2 * size.width)
+    terms = len(relative.terms) if relative and relative.mode == "contextual" else 0
+    return size.depth * (linear + (4 + 2 * terms) * tokens**2 * size.width)
 
 
-def transformer_blocks(size: Size, norm: str) -> nn.ModuleList:
-    """`size.depth` pre-norm transformer blocks with biased qkv and exact GELU."""
+def transformer_blocks(size: Size, norm: str, relative: Relative | None = None, prefix: int = 0) -> nn.ModuleList:
+    """`size.depth` pre-norm transformer blocks with biased qkv and exact GELU.
+
+    With `relative` positions they are `RelativeBlock`s, whose first `prefix` tokens are no patches.
+    """
     layer = norm_layer(norm)
+    if relative is not None:
+        return nn.ModuleList(
+            RelativeBlock(size.width, size.heads, size.mlp_ratio, relative, layer, prefix) for _ in range(size.depth)
+        )
     return nn.ModuleList(
         Block(size.width, size.heads, size.mlp_ratio, qkv_bias=True, norm_layer=layer)  # pyright: ignore
         for _ in range(size.depth)
     )
 
 
-class Encoder(nn.Module):
-    """A vision transformer without class token, with timm's feature interface.
+def run_blocks(
+    blocks: nn.ModuleList, tokens: Tensor, grid: tuple[int, int], attacks: Sequence[RelativeAttack | None] | None = None
+) -> Iterator[Tensor]:
+    """The tokens after each block; `grid` and `attacks` (one a block) matter to relative positions alone."""
+    for i, block in enumerate(blocks):
+        if isinstance(block, RelativeBlock):
+            tokens = block(tokens, grid, attacks[i] if attacks else None)
+        else:
+            tokens = block(tokens)
+        yield tokens
 
-    `forward` serves pre-training: `images` `[B, C, H, W]` and, optionally, the patches to keep.
-    Raises ValueError for a size that the patch does not divide.
+
+class Encoder(nn.Module):
+    """A vision transformer with timm's feature interface, with or without class token and relative positions.
+
+    `forward` serves pre-training: `images` `[B, C, H, W]` and, optionally, the patches to keep. A class token (I-JEPA
+    has none, MAE has one) stands first and has no position. Raises ValueError for a size that the patch does not
+    divide.
     """
 
     def __init__(
@@ -114,10 +143,13 @@ class Encoder(nn.Module):
         positions: str = "sincos",
         norm: str = "torch",
         depth_scaled_init: bool = True,
-        init_std: float = 0.02,
+        init_std: float | None = 0.02,
+        class_token: bool = False,
+        relative: Relative | None = None,
     ):
         super().__init__()
         self.image_size, self.patch_size, self.channels, self.size = image_size, patch_size, channels, size
+        self.relative, self.num_prefix_tokens = relative, int(class_token)
         self.grid = self.grid_of(*image_size)
         self.num_features = self.embed_dim = self.head_hidden_size = size.width
         self.patch_embed = PatchEmbed(
@@ -128,9 +160,12 @@ class Encoder(nn.Module):
             strict_img_size=False,  # pyright: ignore
         )
         self.positions = Positions(size.width, self.grid, positions)
-        self.blocks = transformer_blocks(size, norm)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, size.width)) if class_token else None
+        self.blocks = transformer_blocks(size, norm, relative, self.num_prefix_tokens)
         self.norm = norm_layer(norm)(size.width)
         initialise(self, self.blocks, init_std, depth_scaled_init)
+        if self.cls_token is not None:
+            nn.init.normal_(self.cls_token, std=0.02)
 
     def grid_of(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of patches of an image of `height` × `width` pixels."""
@@ -147,28 +182,43 @@ class Encoder(nn.Module):
         grid = self.grid_of(*images.shape[-2:])
         return self.patch_embed(images) + self.positions(grid)
 
+    def with_prefix(self, tokens: Tensor) -> Tensor:
+        """Patch tokens `[B, N, D]` with the class token in front, where there is one."""
+        if self.cls_token is None:
+            return tokens
+        return torch.cat([self.cls_token.to(tokens.dtype).expand(len(tokens), -1, -1), tokens], dim=1)
+
     def forward(self, images: Tensor, keep: Tensor | None = None, last: int = 1) -> Tensor:
-        """Normalised tokens `[B, K, D]`; several selections `keep` `[E, B, K]` give `[E·B, K, D]`.
+        """Normalised tokens `[B, prefix + K, D]`; several selections `keep` `[E, B, K]` give `[E·B, prefix + K, D]`.
 
         `last` > 1 averages the normalised outputs of the last blocks.
         """
         tokens = self.embed(images)
         if keep is not None:
             tokens = take(tokens, keep) if keep.dim() == 2 else torch.cat([take(tokens, part) for part in keep])
+        return self.encode(tokens, self.grid_of(*images.shape[-2:]), last=last)
+
+    def encode(
+        self,
+        tokens: Tensor,
+        grid: tuple[int, int],
+        attacks: Sequence[RelativeAttack | None] | None = None,
+        last: int = 1,
+    ) -> Tensor:
+        """Normalised tokens `[B, prefix + K, D]` of positioned patch tokens `[B, K, D]`; see `forward`."""
         outputs = []
-        for i, block in enumerate(self.blocks):
-            tokens = block(tokens)
+        for i, output in enumerate(run_blocks(self.blocks, self.with_prefix(tokens), grid, attacks)):
             if len(self.blocks) - i <= last:
-                outputs.append(self.norm(tokens))
+                outputs.append(self.norm(output))
         return outputs[0] if len(outputs) == 1 else torch.stack(outputs).mean(dim=0)
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """Normalised tokens of whole images, `[B, N, D]` (timm's interface)."""
+        """Normalised tokens of whole images, `[B, prefix + N, D]` (timm's interface)."""
         return self(images)
 
     def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
-        """Mean of the tokens, `[B, D]` (timm's interface; there is no classifier, so `pre_logits` changes nothing)."""
-        return tokens.mean(dim=1)
+        """Mean of the patch tokens, `[B, D]` (timm's interface; without classifier, `pre_logits` changes nothing)."""
+        return tokens[:, self.num_prefix_tokens :].mean(dim=1)
 
     def forward_intermediates(
         self,
@@ -183,7 +233,7 @@ class Encoder(nn.Module):
         """Outputs of chosen blocks (timm's interface): `[B, D, rows, columns]`, or `[B, N, D]` for `NLC`.
 
         `indices` is a number of last blocks, a list of blocks, or None for all; raises ValueError for others.
-        There are no prefix tokens, so `return_prefix_tokens` pairs each output with an empty tensor.
+        `return_prefix_tokens` pairs each output with its class token, `[B, prefix, D]`.
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt={output_fmt!r} is not known; choose NCHW or NLC.")
@@ -192,18 +242,20 @@ class Encoder(nn.Module):
         wanted = [i % depth if -depth <= i < depth else i for i in chosen]
         if not wanted or any(not 0 <= i < depth for i in wanted):
             raise ValueError(f"indices={indices}: this encoder has blocks 0 … {depth - 1}.")
-        tokens = self.embed(images)
-        rows, columns = self.grid_of(*images.shape[-2:])
+        grid = self.grid_of(*images.shape[-2:])
+        prefix = self.num_prefix_tokens
         found: list[Tensor] = []
+        prefixes: list[Tensor] = []
         last = max(wanted) if stop_early else depth - 1
-        for i, block in enumerate(self.blocks[: last + 1]):
-            tokens = block(tokens)
+        first = tokens = self.with_prefix(self.embed(images))
+        for i, tokens in enumerate(run_blocks(self.blocks[: last + 1], first, grid)):
             if i in wanted:
                 output = self.norm(tokens) if norm else tokens
+                prefixes.append(output[:, :prefix])
+                output = output[:, prefix:]
                 if output_fmt == "NCHW":
-                    output = output.transpose(1, 2).unflatten(2, (rows, columns))
+                    output = output.transpose(1, 2).unflatten(2, grid)
                 found.append(output)
         if return_prefix_tokens:
-            empty = tokens.new_empty(tokens.shape[0], 0, tokens.shape[2])
-            found = [(output, empty) for output in found]  # pyright: ignore
+            found = list(zip(found, prefixes, strict=True))  # pyright: ignore
         return found if intermediates_only else (self.norm(tokens), found)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from elsewhere.launch.optim import Freeze, Schedules
+from elsewhere.launch.optim import Freeze, Schedules, mae_first_counter
 
 GOLDEN = Path(os.environ.get("ELSEWHERE_GOLDEN", Path(__file__).parent / "golden"))
 torch.set_num_threads(1)
@@ -67,6 +67,31 @@ def close():
     return check
 
 
+def without_rounding_noise(name, tensor):
+    """Drop the k third of every qkv bias: softmax cancels it, so its gradient is rounding noise (PUBLISHED.md)."""
+    if not name.endswith("qkv.bias"):
+        return tensor
+    third = tensor.numel() // 3
+    return torch.cat([tensor[:third], tensor[2 * third :]])
+
+
+@pytest.fixture
+def compare_named(close):
+    """Compare two sets of tensors by name, all of them but those whose last name is in `unused`."""
+
+    def compare(found, expected, unused=()):
+        compared = 0
+        for name, tensor in expected.items():
+            if name.rsplit(".", 1)[-1] in unused:
+                continue
+            assert name in found, f"{name} has no counterpart"
+            close(without_rounding_noise(name, found[name]), without_rounding_noise(name, tensor), name)
+            compared += 1
+        assert compared == len(found), f"not compared: {sorted(set(found) - set(expected))}"
+
+    return compare
+
+
 def released_schedules(run: dict) -> Schedules:
     """The schedules that a recording's configuration describes in the released code's words."""
 
@@ -85,6 +110,21 @@ def released_schedules(run: dict) -> Schedules:
 @pytest.fixture
 def schedules_of():
     return released_schedules
+
+
+def released_mae_schedules(args: dict, steps_per_epoch: int, accumulation: int = 1) -> Schedules:
+    """The schedules that the arguments of a recording of MAE or AdPE describe."""
+    decay = args.get("weight_decay", 0.0)
+    return Schedules(
+        steps_per_epoch=steps_per_epoch, epochs=args["epochs"], warmup_epochs=args["warmup_epochs"], lr=args["lr"],
+        start_lr=0.0, final_lr=args["min_lr"], weight_decay=decay, final_weight_decay=decay,
+        first_counter=mae_first_counter(accumulation), whole_steps=False,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def mae_schedules_of():
+    return released_mae_schedules
 
 
 TINY = {

@@ -86,5 +86,5 @@ def test_a_run_starts_from_the_encoder_of_another(run, tiny, tmp_path, losses, c
 
 
 def test_a_start_from_another_model_is_refused(run, tiny):
-    with pytest.raises(UserError, match=r"does not fit this model: .*size mismatch"):
+    with pytest.raises(UserError, match=r"does not fit this recipe.s encoder: .* is \(24,\) there and \(48,\) here"):
         elsewhere.pretrain("demo", **{**tiny, "model.width": 48, "run.dir": str(run.run) + "2", "init.from": run.run})

@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from elsewhere.launch import config as module
-from elsewhere.launch.build import build_augment, build_masks, build_method, build_schedules
+from elsewhere.launch.build import build_adversary, build_augment, build_masks, build_method, build_schedules
 from elsewhere.launch.config import (
     RECIPES,
     Config,
@@ -335,7 +335,9 @@ def test_every_recipe_builds(name):
     build_schedules(config, 10)
     masks = build_masks(config, method.encoder.grid)
     drawn = masks(0, 0, 0, torch.arange(2).numpy())
-    assert drawn.context.max() < method.encoder.grid[0] * method.encoder.grid[1]
+    patches = drawn.context if config.method.kind == "jepa" else drawn.visible
+    assert patches.max() < method.encoder.grid[0] * method.encoder.grid[1]
+    assert (build_adversary(config, method) is None) == (config.method.adversary.mode == "none")
 
 
 def test_the_recipes_of_the_plan_are_there():

@@ -1,0 +1,213 @@
+"""Attention with relative-position terms in plain PyTorch, in two forms (iRPE, Wu et al., ICCV 2021; AdPE).
+
+A term looks up column `index[i, j]` of a table for query position i and key position j. Both forms give the same
+numbers and differ in what they multiply:
+
+    gather   all columns of the table at once, then pick one per (i, j)
+    dense    the L columns that a position looks up, one batched product per position over batch and heads
+
+Attacked rows use another table: `[x·r, x·(1-r)]` against both tables stacked is one product of twice the depth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+FORMS = ("gather", "dense")
+# Numbers of a table laid out for one chunk of positions: what stays in a core's cache, or little of a GPU's memory.
+_CHUNK = {"cpu": 1 << 19, "cuda": 1 << 27}
+
+
+def _float(x: Tensor) -> Tensor:
+    """`x` in at least float32, to add many numbers up in."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _by_position(x: Tensor, groups: int) -> Tensor:
+    """`[B, H, L, n]` as `[L·G, B·H/G, n]`, one matrix per position and table."""
+    batch, heads, length, depth = x.shape
+    x = x.unflatten(1, (groups, heads // groups)).permute(3, 1, 0, 2, 4)
+    return x.reshape(length * groups, batch * heads // groups, depth)
+
+
+def _by_head(x: Tensor, batch: int, heads: int, groups: int) -> Tensor:
+    """What `_by_position` arranged, `[L·G, B·H/G, n]`, back as `[B, H, L, n]`."""
+    x = x.unflatten(1, (batch, heads // groups)).unflatten(0, (-1, groups))
+    return x.permute(2, 1, 3, 0, 4).flatten(1, 2)
+
+
+def _columns(table: Tensor, index: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """For chunks of positions: their matrices, their index `[n, L]`, and the rows they look up, `[n·G, L, d]`.
+
+    `table` is `[G, C, d]`. The whole layout, `[L·G, L, d]`, is never there at once.
+    """
+    groups, _, depth = table.shape
+    rows, length = table.transpose(0, 1).flatten(1).contiguous(), index.shape[1]  # rows to copy whole
+    step = max(1, _CHUNK.get(table.device.type, 1 << 19) // (groups * length * depth))
+    for start in range(0, length, step):
+        part = index[start : start + step]
+        picked = F.embedding(part, rows).unflatten(2, (groups, depth)).transpose(1, 2).flatten(0, 1)
+        yield slice(start * groups, start * groups + picked.shape[0]), part, picked.to(dtype)
+
+
+def _against_columns(x: Tensor, table: Tensor, index: Tensor) -> Tensor:
+    """`x` `[L·G, m, d]` by the rows that each position looks up: `[L·G, m, L]`, as a view of its transpose."""
+    out = x.new_empty(x.shape[0], index.shape[1], x.shape[1])
+    for at, _, columns in _columns(table, index, x.dtype):
+        torch.bmm(columns, x[at].transpose(1, 2), out=out[at])
+    return out.transpose(1, 2)
+
+
+def _over_columns(p: Tensor, table: Tensor, index: Tensor) -> Tensor:
+    """Sums of the rows that each position looks up, weighted by `p` `[L·G, m, L]`: `[L·G, m, d]`."""
+    out = p.new_empty(*p.shape[:2], table.shape[2])
+    for at, _, columns in _columns(table, index, p.dtype):
+        torch.bmm(p[at], columns, out=out[at])
+    return out
+
+
+def _table_gradient(p: Tensor, x: Tensor, table: Tensor, index: Tensor) -> Tensor:
+    """Σ over positions and j of `p[…, j]ᵀ x` into the row looked up, `[G, C, d]`; a fixed order of adding."""
+    groups, rows, depth = table.shape
+    total = table.new_zeros(rows, groups * depth)
+    step = max(1, _CHUNK.get(table.device.type, 1 << 19) // (groups * index.shape[1] * depth))
+    for start in range(0, index.shape[0], step):
+        part = index[start : start + step]
+        at = slice(start * groups, (start + part.shape[0]) * groups)
+        outer = _float(torch.bmm(p[at].transpose(1, 2), x[at])).to(table.dtype)
+        outer = outer.unflatten(0, (-1, groups)).transpose(1, 2).flatten(2)
+        total += torch.ops.aten.embedding_dense_backward(outer, part, rows, -1, False)
+    return total.unflatten(1, (groups, depth)).transpose(0, 1)
+
+
+class _DenseBias(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, table: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(x, table, index)
+        return _against_columns(x, table, index)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:  # pyright: ignore
+        x, table, index = ctx.saved_tensors
+        # In this layout neither product of the backward has a transposed factor to copy.
+        gradient = gradient.transpose(1, 2).contiguous().transpose(1, 2)
+        return _over_columns(gradient, table, index), _table_gradient(gradient, x, table, index), None
+
+
+class _DenseValues(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, p: Tensor, table: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(p, table, index)
+        return _over_columns(p, table, index)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:  # pyright: ignore
+        p, table, index = ctx.saved_tensors
+        return _against_columns(gradient, table, index), _table_gradient(p, gradient, table, index), None
+
+
+def _flat(index: Tensor, columns: int) -> Tensor:
+    """`index` `[L, L]` into rows of `columns` entries, as an index `[L·L]` into all rows one after another."""
+    starts = torch.arange(index.shape[0], device=index.device)[:, None] * columns
+    return (index + starts).flatten()
+
+
+def _check(form: str, attacked: Tensor | None, rows: Tensor | None) -> None:
+    if form not in FORMS:
+        raise ValueError(f"form={form!r} is not known; choose one of {', '.join(FORMS)}.")
+    assert (attacked is None) == (rows is None), "an attacked table and its rows come together"
+
+
+def relative_bias(
+    x: Tensor,
+    table: Tensor,
+    index: Tensor,
+    form: str,
+    attacked: Tensor | None = None,
+    rows: Tensor | None = None,
+) -> Tensor:
+    """The logits' relative term, `bias[b, h, i, j] = x[b, h, i] · table[h or 0, :, index[i, j]]`, `[B, H, L, L]`.
+
+    `x` is `[B, H, L, d]`, `table` `[G, d, C]` with G 1 (shared) or H, `index` `[L, L]` int64. Where `rows` `[B, L]`
+    is 1, `attacked` `[G, d, C]` is used in the place of `table`. Raises ValueError for an unknown form.
+    """
+    _check(form, attacked, rows)
+    batch, heads, length, _ = x.shape
+    if attacked is not None and rows is not None:
+        kept = rows.to(x.dtype)[:, None, :, None]
+        x = torch.cat([x * kept, x * (1 - kept)], dim=-1)
+        table = torch.cat([attacked, table], dim=1)
+    groups, depth, columns = table.shape
+    if form == "dense":
+        return _by_head(
+            _DenseBias.apply(_by_position(x, groups), table.transpose(1, 2), index),  # pyright: ignore
+            batch,
+            heads,
+            groups,
+        )
+    products = torch.bmm(x.transpose(0, 1).reshape(groups, -1, depth), table.to(x.dtype))
+    picked = _float(products).view(heads, batch, -1).index_select(2, _flat(index, columns))
+    return picked.view(heads, batch, length, length).transpose(0, 1).to(x.dtype)
+
+
+def relative_values(
+    p: Tensor,
+    table: Tensor,
+    index: Tensor,
+    form: str,
+    attacked: Tensor | None = None,
+    rows: Tensor | None = None,
+) -> Tensor:
+    """The values' relative term, `out[b, h, i] = Σ_j p[b, h, i, j] · table[h or 0, index[i, j]]`, `[B, H, L, d]`.
+
+    `p` is `[B, H, L, L]`, `table` `[G, C, d]` with G 1 (shared) or H, `index` `[L, L]` int64. Where `rows` `[B, L]`
+    is 1, `attacked` `[G, C, d]` is used in the place of `table`. Raises ValueError for an unknown form.
+    """
+    _check(form, attacked, rows)
+    batch, heads, length, _ = p.shape
+    # Both tables side by side, so that the probabilities are kept once.
+    both = table if attacked is None else torch.cat([attacked, table], dim=2)
+    groups, columns, _ = both.shape
+    if form == "dense":
+        out = _by_head(_DenseValues.apply(_by_position(p, groups), both, index), batch, heads, groups)  # pyright: ignore
+    else:
+        sums = _float(p).new_zeros(heads, batch, length * columns)
+        sums = sums.index_add(2, _flat(index, columns), _float(p).transpose(0, 1).reshape(heads, batch, -1))
+        out = torch.bmm(sums.view(groups, -1, columns).to(p.dtype), both.to(p.dtype))
+        out = out.view(heads, batch, length, -1).transpose(0, 1)
+    if rows is None:
+        return out
+    kept = rows.to(out.dtype)[:, None, :, None]
+    ours, others = out.chunk(2, dim=-1)
+    return ours * kept + others * (1 - kept)
+
+
+def relative_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    bias: Tensor | None = None,
+    value_term: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """`p = softmax(scale · q kᵀ + bias)`, then `p v + value_term(p)`, `[B, H, L, d]`.
+
+    `q`, `k` and `v` are `[B, H, L, d]`, `bias` broadcasts to `[B, H, L, L]`; `value_term` is given the probabilities.
+    """
+    bias = None if bias is None else bias.to(q.dtype)
+    if value_term is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    logits = (q * scale) @ k.transpose(-2, -1)
+    # Autocast would give float32 probabilities and then cast them once for each product.
+    p = (logits if bias is None else logits + bias).softmax(dim=-1).to(v.dtype)
+    return p @ v + value_term(p)
+
+
+def choose_form(device: torch.device, length: int, attacked: bool = False, per_head: bool = False) -> str:
+    """The faster form for sequences of `length` tokens."""
+    return "dense"

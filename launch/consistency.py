@@ -1,0 +1,122 @@
+"""Which settings go together: what a method does not use is refused rather than ignored."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    from .config import Config
+
+# What each method reads beside what all of them read.
+_OF = {
+    "jepa": ("method.predictor", "method.stop", "method.teacher", "method.pairing", "mask.setting",
+             "mask.context_blocks", "mask.target_blocks", "mask.context_scale", "mask.target_scale",
+             "mask.target_aspect", "mask.min_keep", "mask.context_keep"),
+    "mae": ("method.decoder", "method.normalise_pixels", "mask.ratio", "data.views"),
+    "mae_plus": ("method.decoder", "method.normalise_pixels", "mask.ratio", "data.views", "method.adversary",
+                 "model.relative"),
+}  # fmt: skip
+_TOKENS = {
+    "jepa": ("learned", "projection_bias", "none"),
+    "mae": ("learned",),
+    "mae_plus": ("learned", "adversary"),
+}
+
+
+def _unset(section: BaseModel, path: str) -> str | None:
+    """The first setting at `path` that is not its default, dotted; None if all are."""
+    value, default = section, type(section)()
+    for name in path.split("."):
+        value, default = getattr(value, name), getattr(default, name)
+    if value == default:
+        return None
+    if hasattr(value, "model_fields_set"):
+        for name in type(value).model_fields:
+            if getattr(value, name) != getattr(default, name):
+                return f"{path}.{name}"
+    return path
+
+
+def contradiction(config: Config) -> str | None:
+    """One sentence on the first settings that contradict each other, with the way out; None where there are none."""
+    kind = config.method.kind
+    foreign = {path: owner for owner, paths in _OF.items() for path in paths if path not in _OF[kind]}
+    for path in foreign:
+        section, _, rest = path.partition(".")
+        found = _unset(getattr(config, section), rest)
+        if found:
+            owners = " or ".join(name for name, paths in _OF.items() if path in paths)
+            return f"{section}.{found} belongs to method.kind={owners}, and this is {kind}; leave it out"
+    if config.method.mask_token not in _TOKENS[kind]:
+        choices = " or ".join(_TOKENS[kind])
+        return f"method.mask_token={config.method.mask_token} is not for method.kind={kind}; choose {choices}"
+    if kind != "jepa" and config.method.normalise_pixels and config.model.patch_size**2 * config.model.channels == 1:
+        return (
+            "method.normalise_pixels divides by the deviation within a patch, and a patch of one number has none; set "
+            "model.patch_size=2 or more, or method.normalise_pixels=false"
+        )
+    return _of_relative(config) or _of_adversary(config)
+
+
+def _of_relative(config: Config) -> str | None:
+    relative = config.model.relative
+    if relative.terms == "none":
+        found = _unset(config.model, "relative")
+        return f"model.{found} needs relative positions; set model.relative.terms=k as well" if found else None
+    if relative.mode == "bias" and "v" in relative.terms:
+        return (
+            f"model.relative.mode=bias has no term on values (model.relative.terms={relative.terms}); take v out, or "
+            "choose contextual"
+        )
+    if relative.lookup != "hard" and (relative.method != "product" or relative.mode != "contextual"):
+        return (
+            f"model.relative.lookup={relative.lookup} reads between the buckets of a contextual product table; set "
+            "model.relative.method=product and mode=contextual, or lookup=hard"
+        )
+    return None
+
+
+def _of_adversary(config: Config) -> str | None:
+    adversary, relative = config.method.adversary, config.model.relative
+    token = config.method.mask_token
+    if token == "adversary" and (adversary.mode != "embedding" or relative.terms != "none"):
+        return (
+            "method.mask_token=adversary is the absolute embedding attack as released; set "
+            "method.adversary.mode=embedding and model.relative.terms=none, or method.mask_token=learned"
+        )
+    if adversary.mode == "none":
+        found = _unset(config.method, "adversary")
+        return (
+            f"method.{found} needs an adversary; set method.adversary.mode=coordinate or embedding" if found else None
+        )
+    if adversary.norm == "none" and adversary.epsilon is not None:
+        return (
+            f"method.adversary.epsilon={adversary.epsilon:g} bounds nothing without a norm; set "
+            "method.adversary.norm=l2 or linf, or epsilon=null"
+        )
+    if adversary.norm != "none" and adversary.epsilon is None:
+        return f"method.adversary.norm={adversary.norm} needs a bound; set method.adversary.epsilon, or norm=none"
+    if relative.terms == "none":
+        if adversary.mode == "embedding" and token == "learned" and adversary.norm == "none":
+            return (
+                "method.adversary.mode=embedding needs a bound, or it would only chase the mask token; set "
+                "method.adversary.norm=l2 and method.adversary.epsilon"
+            )
+    elif adversary.mode == "coordinate" and relative.lookup == "hard":
+        return (
+            "method.adversary.mode=coordinate moves patches between buckets, which model.relative.lookup=hard cannot "
+            "read; set model.relative.lookup=interpolated"
+        )
+    elif adversary.mode == "embedding" and "k" not in relative.terms:
+        return (
+            f"method.adversary.mode=embedding acts on the term of keys, and model.relative.terms={relative.terms}; "
+            "add k, or choose mode=coordinate"
+        )
+    elif adversary.mode == "embedding" and (relative.method == "cross" or relative.mode == "bias"):
+        return (
+            "method.adversary.mode=embedding adds a vector to a contextual table; set model.relative.mode=contextual "
+            "and model.relative.method=product, euclidean or quantised"
+        )
+    return None
