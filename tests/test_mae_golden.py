@@ -1,4 +1,4 @@
-"""The published setting of MAE+ and AdPE against the released code's recorded values and gradients (B1, B2)."""
+"""The published setting of MAE+ and AdPE against the released code's recorded values and gradients (B1, B2, B6)."""
 
 from types import SimpleNamespace
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from elsewhere.models.mae import Attack, Decoder, Mae
+from elsewhere.models.positions import interpolate_table, shifted_sincos
 from elsewhere.models.relative import Relative
 from elsewhere.models.vit import Encoder, Size
 from elsewhere.models.zoo import from_released_mae, to_released_mae
@@ -107,3 +108,13 @@ def test_batch_of_views_is_the_mean_over_their_rows(golden):
     flat, _ = method(SimpleNamespace(images=images, visible=visible[:, None]))
     views, _ = method(SimpleNamespace(images=images[None], visible=visible[None]))
     assert torch.equal(flat, views)
+
+
+@pytest.mark.golden("B6_*")
+def test_shifted_and_resized_positions(golden, close):
+    for dim, side, (column, row) in golden.config["advpos"]:
+        expected = golden.tensors[f"out.adv_pos.d{dim}_g{side}_s{column}_{row}"]
+        close(shifted_sincos(dim, (side, side), torch.tensor([row, column])), expected, f"shift {row}, {column}")
+    for old, new, _ in golden.config["resizes"]:
+        table, expected = golden.tensors[f"in.pos.{old}to{new}"][0], golden.tensors[f"out.pos.{old}to{new}"][0]
+        close(interpolate_table(table[1:], (old, old), (new, new)), expected[1:], f"{old} to {new}")
