@@ -40,6 +40,7 @@ setup(
         "pyyaml>=6.0",
         "rich>=13.7",
         "scikit-learn>=1.5",
+        "simplejpeg>=1.8",
         "tensorboard>=2.16",
     ],
     extras_require={
