@@ -47,6 +47,7 @@ setup(
         "test": [
             "pytest>=8.0",
             "psutil>=5.9",
+            "hypothesis>=6.100",
             "safetensors>=0.4.3",
             "transformers>=4.45",
             "build>=1.2",

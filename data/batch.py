@@ -18,7 +18,7 @@ class Batch:
     images: Tensor  # [B, C, H, W], or [B, V, C, H, W] of V views: uint8, normalised on the device
     sample_ids: Tensor  # [B] int64, position in the data set
     labels: Tensor  # [B] int64, -1 where unknown
-    epoch: int
+    epochs: Tensor  # [B] int64, the epoch that each sample belongs to: a step may end one and begin the next
     step: int  # global optimiser step this micro-batch belongs to
     context: Tensor | None = None  # [E, B, Nc] int64, ascending per row
     targets: Tensor | None = None  # [T, B, Nt] int64

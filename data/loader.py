@@ -33,12 +33,22 @@ def order(seed: int, epoch: int, n: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Request:
-    """What one micro-batch holds: the samples `ids` `[B]` int64, for micro-batch `micro` of optimiser step `step`."""
+    """What one micro-batch holds: samples `ids` `[B]` of `epochs` `[B]`, for micro-batch `micro` of step `step`."""
 
-    epoch: int
+    epochs: np.ndarray
     step: int  # global optimiser step, from 0, over all epochs
     micro: int
     ids: np.ndarray
+
+
+def epoch_length(n: int, global_batch: int, remainder: str) -> int:
+    """Positions of one epoch of `n` samples: all with `remainder` "carry", whole global batches with "drop".
+
+    Raises `DataError` for another remainder.
+    """
+    if remainder not in ("carry", "drop"):
+        raise DataError(f"data.remainder={remainder!r} is unknown: choose carry or drop.")
+    return n if remainder == "carry" else n // global_batch * global_batch
 
 
 def _divisors(n: int) -> list[int]:
@@ -70,9 +80,10 @@ def check_batch_sizes(n: int, global_batch: int, micro_batch: int, world: int) -
 class Requests(Sampler[Request]):
     """All micro-batches of one rank, from optimiser step `start_step` up to and without `stop_step`.
 
-    An epoch has `n // global_batch` steps; its last `n % global_batch` samples in order are left to other epochs.
-    Global batch g of an epoch is `order[g * global_batch:(g + 1) * global_batch]`; rank r takes the r-th of `world`
-    equal slices and cuts it into micro-batches. Raises `DataError` where the sizes do not divide.
+    Step k takes the positions k · B … (k + 1) · B - 1 of the orders of all epochs, one after another. With
+    `remainder="carry"` a step may end one epoch and begin the next, so that every sample is seen once an epoch; with
+    "drop" an epoch has `n // global_batch` whole steps, and the rest of its order is left out. Rank r takes the r-th
+    of `world` equal slices and cuts it into micro-batches. Raises `DataError` where the sizes do not divide.
     """
 
     def __init__(
@@ -86,6 +97,7 @@ class Requests(Sampler[Request]):
         world: int = 1,
         start_step: int = 0,
         stop_step: int,
+        remainder: str = "carry",
     ):
         assert 0 <= rank < world, f"rank {rank} of {world}"
         check_batch_sizes(n, global_batch, micro_batch, world)
@@ -97,22 +109,30 @@ class Requests(Sampler[Request]):
         self.world = world
         self.start_step = start_step
         self.stop_step = stop_step
-        self.steps_per_epoch = n // global_batch
+        self._orders: dict[int, np.ndarray] = {}
+        self.epoch_length = epoch_length(n, global_batch, remainder)
         self.micros_per_step = global_batch // (world * micro_batch)
 
     def __len__(self) -> int:
         return max(0, self.stop_step - self.start_step) * self.micros_per_step
 
     def __iter__(self) -> Iterator[Request]:
-        current, samples = -1, np.empty(0, dtype=np.int64)
+        share = self.global_batch // self.world
         for step in range(self.start_step, self.stop_step):
-            epoch, place = divmod(step, self.steps_per_epoch)
-            if epoch != current:
-                current, samples = epoch, order(self.seed, epoch, self.n)
-            first = place * self.global_batch + self.rank * (self.global_batch // self.world)
             for micro in range(self.micros_per_step):
-                at = first + micro * self.micro_batch
-                yield Request(epoch, step, micro, samples[at : at + self.micro_batch].copy())
+                first = step * self.global_batch + self.rank * share + micro * self.micro_batch
+                epochs, places = np.divmod(np.arange(first, first + self.micro_batch), self.epoch_length)
+                ids = np.empty_like(places)
+                for epoch in np.unique(epochs):
+                    ids[epochs == epoch] = self._order(int(epoch))[places[epochs == epoch]]
+                yield Request(epochs, step, micro, ids)
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """The order of `epoch`; those of the last two asked for are kept, since a step may touch two."""
+        if epoch not in self._orders:
+            self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1}
+            self._orders[epoch] = order(self.seed, epoch, self.n)
+        return self._orders[epoch]
 
 
 @dataclass(frozen=True)
@@ -158,21 +178,21 @@ class Batches(Dataset[Batch]):
     def __getitem__(self, request: Request) -> Batch:
         skipped: list[str] = []
         images, ids, labels = [], [], []
-        for wanted in request.ids.tolist():
+        for epoch, wanted in zip(request.epochs.tolist(), request.ids.tolist(), strict=True):
             image, i = self._read(wanted, skipped)
-            images.append(self._augment(image, generator(self._seed, "augment", request.epoch, i)))
+            images.append(self._augment(image, generator(self._seed, "augment", epoch, i)))
             ids.append(i)
             labels.append(self._source.label(i))
         batch = Batch(
             images=torch.stack(images),
             sample_ids=torch.tensor(ids, dtype=torch.int64),
             labels=torch.tensor(labels, dtype=torch.int64),
-            epoch=request.epoch,
+            epochs=torch.from_numpy(request.epochs),
             step=request.step,
             skipped=skipped,
         )
         if self._masks is not None:
-            masks = self._masks(self._seed, request.epoch, request.step, np.array(ids, dtype=np.int64))
+            masks = self._masks(self._seed, request.epochs, request.step, np.array(ids, dtype=np.int64))
             batch.context = _tensor(masks.context)
             batch.targets = _tensor(masks.targets)
             batch.visible = _tensor(masks.visible)
@@ -253,6 +273,7 @@ class Loader:
         workers: int = 0,
         start_step: int = 0,
         stop_step: int,
+        remainder: str = "carry",
         on_error: str = "skip",
         pin_memory: bool = False,
         prefetch: int = 2,
@@ -266,8 +287,8 @@ class Loader:
             world=world,
             start_step=start_step,
             stop_step=stop_step,
+            remainder=remainder,
         )
-        self.steps_per_epoch = self.requests.steps_per_epoch
         self.micros_per_step = self.requests.micros_per_step
         self._loader = DataLoader(
             _Guarded(Batches(source, augment, masks, seed=seed, on_error=on_error)),

@@ -132,12 +132,13 @@ class PublishedBlockMasks(BlockMasks):
         target, context = torch.rand(1, generator=generator).item(), torch.rand(1, generator=generator).item()
         return self._sizes(target, context)
 
-    def __call__(self, seed: int, epoch: int, step: int, sample_ids: np.ndarray) -> ContextAndTargets:
+    def __call__(self, seed: int, epoch: int | np.ndarray, step: int, sample_ids: np.ndarray) -> ContextAndTargets:
         """The masks of one rank's micro-batch `sample_ids` `[B]`; Nc and Nt depend on `step` and on the batch."""
         ids = np.asarray(sample_ids)
         first = 4 * (self.target_blocks + self.context_blocks)  # two tries for each block
         heads = words(seed, "published block masks", epoch, ids, first).tolist()
-        streams = [_endless(head, seed, epoch, ids[i : i + 1]) for i, head in enumerate(heads)]
+        epochs = np.broadcast_to(epoch, ids.shape)
+        streams = [_endless(head, seed, int(epochs[i]), ids[i : i + 1]) for i, head in enumerate(heads)]
         return self.draw(step, len(ids), lambda image, high: next(streams[image]) * high >> 32)
 
     def draw(self, step: int, batch: int, randint: Callable[[int, int], int]) -> ContextAndTargets:
@@ -256,7 +257,7 @@ class RecommendedBlockMasks(BlockMasks):
         chunk, place = divmod(step, _SHAPE_CHUNK)
         return self.shapes[int(_shape_words(seed, chunk)[place]) * len(self.shapes) >> 32]
 
-    def __call__(self, seed: int, epoch: int, step: int, sample_ids: np.ndarray) -> ContextAndTargets:
+    def __call__(self, seed: int, epoch: int | np.ndarray, step: int, sample_ids: np.ndarray) -> ContextAndTargets:
         """The masks of the samples `sample_ids` `[B]`: Nc is context_keep, Nt the patches of the step's shape."""
         ids = np.asarray(sample_ids)
         shape = self.shape(seed, step)
@@ -325,7 +326,8 @@ class RecommendedBlockMasks(BlockMasks):
             if not len(short):
                 break
             redraws += len(short)
-            numbers = words(seed, "block masks", epoch, ids[short], self._sized, start + attempt * stride)
+            epochs = np.broadcast_to(epoch, ids.shape)[short]
+            numbers = words(seed, "block masks", epochs, ids[short], self._sized, start + attempt * stride)
             new_tops, new_lefts = self._positions(numbers.astype(np.int64), shape)
             new_hidden = self._covered(new_tops, new_lefts, shape)
             new_free = _fewest_free(inside[short], new_hidden)

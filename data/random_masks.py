@@ -56,7 +56,7 @@ class RandomMasks:
         self._stride = -(-patches // 4) * 4  # words from one view to the next: a stream is cut at whole Philox blocks
         self._patch_bits = patches.bit_length()
 
-    def __call__(self, seed: int, epoch: int, step: int, sample_ids: np.ndarray) -> Visible:
+    def __call__(self, seed: int, epoch: int | np.ndarray, step: int, sample_ids: np.ndarray) -> Visible:
         """The masks of the samples `sample_ids` `[B]`: `visible` `[B, V, keep]`, the same at every `step`."""
         ids = np.asarray(sample_ids)
         numbers = words(seed, "visible", epoch, ids, self.views * self._stride).astype(np.int64)

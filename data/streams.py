@@ -31,10 +31,12 @@ def _philox(counter: list[np.ndarray], key: tuple[int, int]) -> list[np.ndarray]
     return [c0, c1, c2, c3]
 
 
-def words(seed: int, purpose: str, epoch: int, sample_ids: np.ndarray, count: int, start: int = 0) -> np.ndarray:
+def words(
+    seed: int, purpose: str, epoch: int | np.ndarray, sample_ids: np.ndarray, count: int, start: int = 0
+) -> np.ndarray:
     """Raw 32-bit words `start … start+count-1` of each sample's stream: `[B, count]` uint32.
 
-    `start` must be a multiple of 4. `seed` has 32 bits, `epoch` 20 bits, ids 44 bits.
+    `epoch` is one for all, or `[B]`. `start` must be a multiple of 4. `seed` has 32 bits, `epoch` 20, ids 44.
     """
     assert start % 4 == 0, "a stream is cut at whole Philox blocks"
     if not 0 <= seed < 2**32:
@@ -43,13 +45,15 @@ def words(seed: int, purpose: str, epoch: int, sample_ids: np.ndarray, count: in
     blocks = -(-count // 4)
     index = np.arange(start // 4, start // 4 + blocks, dtype=np.uint64)[None, :]
     zero = np.zeros((ids.shape[0], blocks), dtype=np.uint64)
-    high = (ids >> _SHIFT) | np.uint64(epoch << 12)
+    high = (ids >> _SHIFT) | (np.asarray(epoch, dtype=np.uint64)[..., None] << np.uint64(12))
     counter = [zero + index, zero, zero + (ids & _LOW), zero + high]
     out = np.stack(_philox(counter, (seed, zlib.crc32(purpose.encode()))), axis=-1)
     return out.reshape(ids.shape[0], blocks * 4)[:, :count].astype(np.uint32)
 
 
-def uniforms(seed: int, purpose: str, epoch: int, sample_ids: np.ndarray, count: int, start: int = 0) -> np.ndarray:
+def uniforms(
+    seed: int, purpose: str, epoch: int | np.ndarray, sample_ids: np.ndarray, count: int, start: int = 0
+) -> np.ndarray:
     """Uniform numbers in [0, 1) from each sample's stream: `[B, count]` float64 with 32 random bits."""
     return words(seed, purpose, epoch, sample_ids, count, start) * 2.0**-32
 

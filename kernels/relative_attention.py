@@ -4,7 +4,8 @@ A term looks up column `index[i, j]` of a table for query position i and key pos
 numbers and differ in what they multiply:
 
     gather   all columns of the table at once, then pick one per (i, j)
-    dense    the L columns that a position looks up, one batched product per position over batch and heads
+    dense    the L columns that a position looks up, one product per position over batch and heads, some positions
+             at a time; the backward lays the columns out again
 
 Attacked rows use another table: `[x·r, x·(1-r)]` against both tables stacked is one product of twice the depth.
 """
@@ -19,8 +20,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 FORMS = ("gather", "dense")
-# Numbers of a table laid out for one chunk of positions: what stays in a core's cache, or little of a GPU's memory.
-_CHUNK = {"cpu": 1 << 19, "cuda": 1 << 27}
+# Numbers of a table laid out for one chunk of positions: what stays in each core's cache, or little of a GPU's memory.
+_CPU_CHUNK, _GPU_CHUNK = 1 << 19, 1 << 27
 
 
 def _float(x: Tensor) -> Tensor:
@@ -41,48 +42,59 @@ def _by_head(x: Tensor, batch: int, heads: int, groups: int) -> Tensor:
     return x.permute(2, 1, 3, 0, 4).flatten(1, 2)
 
 
-def _columns(table: Tensor, index: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """For chunks of positions: their matrices, their index `[n, L]`, and the rows they look up, `[n·G, L, d]`.
+def _chunks(table: Tensor, index: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """For chunks of positions: where their matrices are, and the rows of `[G·C, d]` they look up, `[n·G, L]`.
 
-    `table` is `[G, C, d]`. The whole layout, `[L·G, L, d]`, is never there at once.
+    A whole table laid out, `[L·G, L, d]`, would be far larger than all that is kept for the backward.
     """
-    groups, _, depth = table.shape
-    rows, length = table.transpose(0, 1).flatten(1).contiguous(), index.shape[1]  # rows to copy whole
-    step = max(1, _CHUNK.get(table.device.type, 1 << 19) // (groups * length * depth))
-    for start in range(0, length, step):
-        part = index[start : start + step]
-        picked = F.embedding(part, rows).unflatten(2, (groups, depth)).transpose(1, 2).flatten(0, 1)
-        yield slice(start * groups, start * groups + picked.shape[0]), part, picked.to(dtype)
+    groups, rows, depth = table.shape
+    starts = torch.arange(groups, device=index.device)[:, None] * rows
+    numbers = _CPU_CHUNK * torch.get_num_threads() if table.device.type == "cpu" else _GPU_CHUNK
+    step = max(1, numbers // (groups * index.shape[1] * depth))
+    for start in range(0, index.shape[0], step):
+        part = (index[start : start + step, None] + starts).flatten(0, 1)
+        yield slice(start * groups, start * groups + part.shape[0]), part
+
+
+class _Columns:
+    """The rows `[n·G, L, d]` that a chunk looks up in a table `[G, C, d]`, always in the same memory."""
+
+    def __init__(self, table: Tensor, dtype: torch.dtype):
+        self.rows, self.kept = table.to(dtype).reshape(-1, table.shape[2]), None
+
+    def __call__(self, part: Tensor) -> Tensor:
+        if self.kept is None:  # the first chunk is the largest
+            self.kept = self.rows.new_empty(part.numel(), self.rows.shape[1])
+        torch.index_select(self.rows, 0, part.flatten(), out=self.kept[: part.numel()])
+        return self.kept[: part.numel()].view(*part.shape, -1)
 
 
 def _against_columns(x: Tensor, table: Tensor, index: Tensor) -> Tensor:
-    """`x` `[L·G, m, d]` by the rows that each position looks up: `[L·G, m, L]`, as a view of its transpose."""
-    out = x.new_empty(x.shape[0], index.shape[1], x.shape[1])
-    for at, _, columns in _columns(table, index, x.dtype):
-        torch.bmm(columns, x[at].transpose(1, 2), out=out[at])
-    return out.transpose(1, 2)
+    """`x` `[L·G, m, d]` by the rows that each position looks up: `[L·G, m, L]`."""
+    out, columns = x.new_empty(*x.shape[:2], index.shape[1]), _Columns(table, x.dtype)
+    for at, part in _chunks(table, index):
+        torch.bmm(x[at], columns(part).transpose(1, 2), out=out[at])
+    return out
 
 
 def _over_columns(p: Tensor, table: Tensor, index: Tensor) -> Tensor:
     """Sums of the rows that each position looks up, weighted by `p` `[L·G, m, L]`: `[L·G, m, d]`."""
-    out = p.new_empty(*p.shape[:2], table.shape[2])
-    for at, _, columns in _columns(table, index, p.dtype):
-        torch.bmm(p[at], columns, out=out[at])
+    out, columns = p.new_empty(*p.shape[:2], table.shape[2]), _Columns(table, p.dtype)
+    for at, part in _chunks(table, index):
+        torch.bmm(p[at], columns(part), out=out[at])
     return out
 
 
 def _table_gradient(p: Tensor, x: Tensor, table: Tensor, index: Tensor) -> Tensor:
-    """Σ over positions and j of `p[…, j]ᵀ x` into the row looked up, `[G, C, d]`; a fixed order of adding."""
-    groups, rows, depth = table.shape
-    total = table.new_zeros(rows, groups * depth)
-    step = max(1, _CHUNK.get(table.device.type, 1 << 19) // (groups * index.shape[1] * depth))
-    for start in range(0, index.shape[0], step):
-        part = index[start : start + step]
-        at = slice(start * groups, (start + part.shape[0]) * groups)
-        outer = _float(torch.bmm(p[at].transpose(1, 2), x[at])).to(table.dtype)
-        outer = outer.unflatten(0, (-1, groups)).transpose(1, 2).flatten(2)
-        total += torch.ops.aten.embedding_dense_backward(outer, part, rows, -1, False)
-    return total.unflatten(1, (groups, depth)).transpose(0, 1)
+    """Σ over positions and j of `p[…, j]ᵀ x` into the row looked up, `[G, C, d]`, in a fixed order."""
+    total, kept = table.new_zeros(table.shape[0] * table.shape[1], table.shape[2]), None
+    for at, part in _chunks(table, index):
+        if kept is None:
+            kept = x.new_empty(*part.shape, x.shape[2])
+        outer = torch.bmm(p[at].transpose(1, 2), x[at], out=kept[: part.shape[0]]).to(table.dtype)
+        # Indexing's own backward adds with atomics on a GPU, that of an embedding does not.
+        total += torch.ops.aten.embedding_dense_backward(outer, part, total.shape[0], -1, False)
+    return total.view_as(table)
 
 
 class _DenseBias(torch.autograd.Function):
@@ -94,8 +106,7 @@ class _DenseBias(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:  # pyright: ignore
         x, table, index = ctx.saved_tensors
-        # In this layout neither product of the backward has a transposed factor to copy.
-        gradient = gradient.transpose(1, 2).contiguous().transpose(1, 2)
+        gradient = gradient.contiguous()
         return _over_columns(gradient, table, index), _table_gradient(gradient, x, table, index), None
 
 
@@ -109,6 +120,11 @@ class _DenseValues(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:  # pyright: ignore
         p, table, index = ctx.saved_tensors
         return _against_columns(gradient, table, index), _table_gradient(p, gradient, table, index), None
+
+
+def _by_table(x: Tensor, groups: int) -> Tensor:
+    """`[B, H, L, n]` as `[G, H/G·B·L, n]`, one matrix per table."""
+    return x.transpose(0, 1).reshape(groups, -1, x.shape[-1])
 
 
 def _flat(index: Tensor, columns: int) -> Tensor:
@@ -138,21 +154,21 @@ def relative_bias(
     """
     _check(form, attacked, rows)
     batch, heads, length, _ = x.shape
+    groups, _, columns = table.shape
+    arrange = _by_position if form == "dense" else _by_table
+    x = arrange(x, groups)
     if attacked is not None and rows is not None:
-        kept = rows.to(x.dtype)[:, None, :, None]
-        x = torch.cat([x * kept, x * (1 - kept)], dim=-1)
+        rows = rows.to(x.dtype)
+        chosen = torch.stack([rows, 1 - rows], dim=-1)[:, None].expand(batch, heads, length, 2)
+        x = (x[..., None, :] * arrange(chosen, groups)[..., None]).flatten(-2)
         table = torch.cat([attacked, table], dim=1)
-    groups, depth, columns = table.shape
     if form == "dense":
-        return _by_head(
-            _DenseBias.apply(_by_position(x, groups), table.transpose(1, 2), index),  # pyright: ignore
-            batch,
-            heads,
-            groups,
-        )
-    products = torch.bmm(x.transpose(0, 1).reshape(groups, -1, depth), table.to(x.dtype))
-    picked = _float(products).view(heads, batch, -1).index_select(2, _flat(index, columns))
-    return picked.view(heads, batch, length, length).transpose(0, 1).to(x.dtype)
+        # Whole rows are quicker to copy than columns.
+        bias = _DenseBias.apply(x, table.transpose(1, 2).contiguous(), index)
+        return _by_head(bias, batch, heads, groups)  # pyright: ignore
+    products = torch.bmm(x, table.to(x.dtype))
+    picked = products.view(heads, batch, -1).index_select(2, _flat(index, columns))
+    return picked.view(heads, batch, length, length).transpose(0, 1)
 
 
 def relative_values(
@@ -174,7 +190,8 @@ def relative_values(
     both = table if attacked is None else torch.cat([attacked, table], dim=2)
     groups, columns, _ = both.shape
     if form == "dense":
-        out = _by_head(_DenseValues.apply(_by_position(p, groups), both, index), batch, heads, groups)  # pyright: ignore
+        out = _DenseValues.apply(_by_position(p, groups), both, index)
+        out = _by_head(out, batch, heads, groups)  # pyright: ignore
     else:
         sums = _float(p).new_zeros(heads, batch, length * columns)
         sums = sums.index_add(2, _flat(index, columns), _float(p).transpose(0, 1).reshape(heads, batch, -1))
@@ -208,6 +225,13 @@ def relative_attention(
     return p @ v + value_term(p)
 
 
-def choose_form(device: torch.device, length: int, attacked: bool = False, per_head: bool = False) -> str:
-    """The faster form for sequences of `length` tokens."""
-    return "dense"
+def choose_form(device: torch.device, length: int, columns: int, groups: int = 1) -> str:
+    """The faster form for `length` tokens and `groups` tables of `columns` columns (docs/benchmarks).
+
+    On a CPU dense pays where a position looks up fewer columns than the table has, as interpolated tables do, and
+    where heads share the table: one per head is as large, laid out, as all the logits. On a GPU it is always dense,
+    whose sums have a fixed order; the choice was not measured there.
+    """
+    if device.type != "cpu":
+        return "dense"
+    return "dense" if groups == 1 and 32 <= length < columns else "gather"

@@ -35,7 +35,7 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
 
 
 def position_words(
-    seed: int, epoch: int, sample_ids: Tensor, blocks: Tensor, patches: Tensor, columns: int
+    seed: int, epochs: Tensor, sample_ids: Tensor, blocks: Tensor, patches: Tensor, columns: int
 ) -> list[Tensor]:
     """The raw words behind `position_noise`: four tensors `[R, N, ceil(columns / 4)]` of int64 in [0, 2**32)."""
     quads = -(-columns // 4)
@@ -49,20 +49,23 @@ def position_words(
         first.expand(shape),
         patches.to(torch.int64)[..., None].expand(shape),
         (ids & _LOW).expand(shape),
-        ((ids >> 32) | (epoch << 12)).expand(shape),
+        ((ids >> 32) | (epochs.to(torch.int64)[:, None, None] << 12)).expand(shape),
     )
     return philox(counter, (seed & _LOW, _KEY))
 
 
-def position_noise(seed: int, epoch: int, sample_ids: Tensor, blocks: Tensor, patches: Tensor, columns: int) -> Tensor:
+def position_noise(
+    seed: int, epochs: Tensor, sample_ids: Tensor, blocks: Tensor, patches: Tensor, columns: int
+) -> Tensor:
     """Standard normal noise `[R, N, columns]` float32, a function of its arguments alone.
 
-    `sample_ids` and `blocks` are `[R]`, `patches` is `[R, N]`; `seed` has 32 bits, `epoch` 20, ids 44, blocks 16.
+    `epochs`, `sample_ids` and `blocks` are `[R]`, `patches` is `[R, N]`; `seed` has 32 bits, epochs 20, ids 44,
+    blocks 16.
     Box–Muller on 23-bit uniforms, which float32 holds exactly, so |noise| <= 5.77.
     """
     uniform = [
         ((word >> 9).float() + 0.5) * 2.0**-23
-        for word in position_words(seed, epoch, sample_ids, blocks, patches, columns)
+        for word in position_words(seed, epochs, sample_ids, blocks, patches, columns)
     ]
     lanes = []
     for radius, angle in (uniform[:2], uniform[2:]):

@@ -66,8 +66,8 @@ def banner(console: Console, config: Config, world: World, parts: Parts, start: 
         "precision": f"{dtype} ({parts.precision_reason}); parameters{teacher} float32",
         "model": f"{_trained(config, method)}, {rows}×{columns} patches, {parts.gflops_per_image:.3g} GFLOP an image",
         "data": f"{len(parts.train):,} images to train{views}, {held_out}, {parts.workers} workers",
-        "batch": f"{batch} = {world.size} ranks × {parts.micro_batch}{micro}; {parts.steps_per_epoch} steps an epoch, "
-        f"{parts.steps} in all",
+        "batch": f"{batch} = {world.size} ranks × {parts.micro_batch}{micro}; "
+        f"{parts.steps_per_epoch:.7g} steps an epoch, {parts.steps} in all",
         "start": start,
     }
     for name, text in lines.items():

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import multiprocessing
 import platform
-import resource
 import statistics
 import time
 from collections.abc import Sequence
 from datetime import date
 from itertools import product
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
+from .config import load_config
 from .errors import UserError
 
 
@@ -41,6 +42,8 @@ def bench_step(
     and peak memory in bytes: allocated on a GPU, else what the process grew by. Raises UserError for a case that
     cannot be built.
     """
+    for recipe, overrides in cases:  # before the first is built: that takes seconds
+        load_config(recipe, overrides)
     context = multiprocessing.get_context("spawn")
     children, rows = [], []
     try:
@@ -73,11 +76,11 @@ def bench_step(
 
 def _ask(pipe: Connection, steps: int | None = None) -> Any:
     """Send a child a number of steps (0: for its memory) and wait for its answer."""
-    if steps is not None:
-        pipe.send(steps)
     try:
+        if steps is not None:
+            pipe.send(steps)
         answer = pipe.recv()
-    except EOFError as error:
+    except (EOFError, ConnectionError) as error:  # a broken pipe, too: the command line would end with status 0
         raise UserError("A measured process ended early, likely for want of memory; lower --batch.") from error
     if isinstance(answer, UserError):
         raise answer
@@ -107,7 +110,6 @@ def _build(recipe: str, overrides: list[str], batch: int | None):
 
     from ..data.batch import Batch
     from .build import build_adversary, build_masks, build_method, build_optimizer
-    from .config import load_config
     from .engine.ddp import DdpEngine
     from .engine.precision import LossScaler, choose_precision
     from .monitor import hardware
@@ -117,7 +119,7 @@ def _build(recipe: str, overrides: list[str], batch: int | None):
     world = World(device=pick_device(config.engine.device, 0))
     cuda = world.device.type == "cuda"
     batch = batch or config.loader.micro_batch or (128 if cuda else 8)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _resident("VmRSS")
     method = build_method(config)
     masks = build_masks(config, method.encoder.grid)
     method.compute_dtype, _ = choose_precision(config.engine.precision, world.device)
@@ -134,11 +136,11 @@ def _build(recipe: str, overrides: list[str], batch: int | None):
     views = (config.data.views,) if config.data.views > 1 else ()
     shape = (batch, *views, config.model.channels, *config.model.image_size)
     made = masks(config.seed, 0, 0, ids)
-    parts = {name: getattr(made, name) for name in ("context", "targets", "visible")}
+    drawn = {name: getattr(made, name) for name in ("context", "targets", "visible")}
+    parts: dict[str, Any] = {name: torch.from_numpy(part) for name, part in drawn.items() if part is not None}
     data = Batch(
         images=torch.randint(0, 256, shape, dtype=torch.uint8), sample_ids=torch.from_numpy(ids),
-        labels=torch.zeros(batch, dtype=torch.int64), epoch=0, step=0,
-        **{name: torch.from_numpy(part) for name, part in parts.items() if part is not None},
+        labels=torch.zeros(batch, dtype=torch.int64), epochs=torch.zeros(batch, dtype=torch.int64), step=0, **parts,
     ).to(world.device)  # fmt: skip
 
     def take(steps: int) -> float:
@@ -154,11 +156,17 @@ def _build(recipe: str, overrides: list[str], batch: int | None):
     def memory() -> int:
         if cuda:
             return torch.cuda.max_memory_allocated()
-        return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+        return _resident("VmHWM") - before
 
     take(2)  # the first steps pay for caches and the optimiser's state
     dtype = str(method.compute_dtype).removeprefix("torch.")
     return take, {"batch": batch, "precision": dtype, "hardware": hardware(world)}, memory
+
+
+def _resident(field: str) -> int:
+    """Bytes in memory of this process: `VmRSS` now, `VmHWM` at most (getrusage's counts the parent's before exec)."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return next(1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith(field))
 
 
 def print_step_table(result: dict[str, Any]) -> None:

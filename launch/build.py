@@ -151,7 +151,7 @@ def build_augment(config: Config) -> Augment:
         )  # fmt: skip
 
 
-def build_schedules(config: Config, steps_per_epoch: int, accumulation: int = 1) -> Schedules:
+def build_schedules(config: Config, steps_per_epoch: float, accumulation: int = 1) -> Schedules:
     """Learning rate, weight decay and momentum of every step; `accumulation` matters to `mae_micro` alone."""
     optim, teacher = config.optim, config.method.teacher
     first = {"stop": 1.0, "mae": 0.0, "mae_micro": mae_first_counter(accumulation)}[optim.schedule]

@@ -145,6 +145,7 @@ class Data(Section):
     val_path: str | None = None
     holdout: Fraction = 0.1
     on_error: Literal["stop", "skip"] = "stop"
+    remainder: Literal["carry", "drop"] = "carry"  # of an epoch that the batch does not divide: into the next, or not
     mean: list[float] | None = None  # ImageNet's for three channels, else 0.5
     std: list[Positive] | None = None  # ImageNet's for three channels, else 0.25
     views: Count = 1  # crops of each image, from one decode

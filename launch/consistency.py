@@ -49,6 +49,11 @@ def contradiction(config: Config) -> str | None:
         if found:
             owners = " or ".join(name for name, paths in _OF.items() if path in paths)
             return f"{section}.{found} belongs to method.kind={owners}, and this is {kind}; leave it out"
+    mask = config.mask
+    if mask.setting == "recommended" and _unset(mask, "min_keep"):
+        return f"mask.min_keep={mask.min_keep} belongs to mask.setting=published; set mask.context_keep instead"
+    if mask.setting == "published" and mask.context_keep is not None:
+        return f"mask.context_keep={mask.context_keep} belongs to mask.setting=recommended; set it to null"
     if config.method.mask_token not in _TOKENS[kind]:
         choices = " or ".join(_TOKENS[kind])
         return f"method.mask_token={config.method.mask_token} is not for method.kind={kind}; choose {choices}"

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 import torch
 
 from ..data.batch import Batch
+from ..models.jepa import Jepa
 from .engine.ddp import DdpEngine
 from .monitor import Monitor
 from .optim import Schedules, set_step
@@ -44,7 +45,8 @@ def train(
             engine.method.after_step(schedules.momentum_at(step))  # pyright: ignore
         if engine.clipped_norm is not None:
             scalars["gradient_norm"] = engine.clipped_norm.float()
-        scalars["redraw_rate"] = torch.full((), redraws / images, device=device)
+        if batch.targets is not None:
+            scalars["redraw_rate"] = torch.full((), redraws / images, device=device)
         # The monitor takes means over ranks; this one is a sum.
         scalars["skipped_images"] = torch.full((), float(len(skipped) * engine.world.size), device=device)
         monitor.name_skipped(skipped)
@@ -52,8 +54,9 @@ def train(
             "epoch": step / schedules.steps_per_epoch,
             "lr": schedules.lr_at(step),
             "weight_decay": schedules.weight_decay_at(step),
-            "momentum": schedules.momentum_at(step),
         }
+        if isinstance(engine.method, Jepa):
+            facts["momentum"] = schedules.momentum_at(step)
         if engine.adversary:
             scalars |= {f"adversary_{name}": norm for name, norm in engine.adversary.norms().items()}
             facts["adversary_lr"] = adversary_schedules.lr_at(step)

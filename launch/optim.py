@@ -27,7 +27,7 @@ class Schedules:
     `stretch` lengthens all three beyond the end of training (`ipe_scale` in StoP).
     """
 
-    steps_per_epoch: int
+    steps_per_epoch: float
     epochs: float
     lr: float
     start_lr: float

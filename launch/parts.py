@@ -10,7 +10,7 @@ import numpy as np
 
 from ..data.augment import Augment
 from ..data.images import DataError, NoHeldOutImages, Source, TorchDataset, open_source
-from ..data.loader import check_batch_sizes
+from ..data.loader import check_batch_sizes, epoch_length
 from ..data.masks import Masks
 from ..models.jepa import Jepa
 from .build import Method, adversary_schedules, build_augment, build_masks, build_method, build_schedules
@@ -34,7 +34,7 @@ class Parts:
     adversary_schedules: Schedules
     micro_batch: int
     accumulation: int
-    steps_per_epoch: int
+    steps_per_epoch: float
     steps: int
     workers: int
     precision_reason: str
@@ -50,14 +50,15 @@ def assemble(config: Config, world: World, dataset: Any = None, val_dataset: Any
     micro = config.loader.micro_batch or max(1, batch // world.size)  # by default the rank's whole share
     check_batch_sizes(len(train), batch, micro, world.size)
     method.compute_dtype, reason = choose_precision(config.engine.precision, world.device)
-    per_epoch, accumulation = len(train) // batch, batch // world.size // micro
+    length, accumulation = epoch_length(len(train), batch, config.data.remainder), batch // world.size // micro
+    per_epoch = length / batch
     schedules = build_schedules(config, per_epoch, accumulation)
     first = masks(config.seed, 0, 0, np.arange(min(64, len(train))))
     return Parts(
         method=method, train=train, val=val, masks=masks, augment=augment,
         schedules=schedules, adversary_schedules=adversary_schedules(config, schedules),
         micro_batch=micro, accumulation=accumulation,
-        steps_per_epoch=per_epoch, steps=per_epoch * config.optim.epochs, workers=_workers(config, world),
+        steps_per_epoch=per_epoch, steps=length * config.optim.epochs // batch, workers=_workers(config, world),
         precision_reason=reason, gflops_per_image=_flops(method, first) / 1e9,
     )  # fmt: skip
 

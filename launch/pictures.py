@@ -95,7 +95,7 @@ def draw_shifts(
     for number, (title, (down, right)) in enumerate(panels):
         left, top = side * (number % columns), (side + 16) * (number // columns)
         draw.text((left + 4, top + 2), f"{title}: {down:+.2f}, {right:+.2f}", fill="black")
-        for patch, hidden in enumerate(masked.tolist()):
+        for patch, hidden in sorted(enumerate(masked.tolist()), key=lambda each: each[1]):  # no dot covers an arrow
             row, column = divmod(patch, grid[1])
             x, y = left + 4 + (column + 0.5 + reach) * scale, top + 16 + (row + 0.5 + reach) * scale
             if hidden:

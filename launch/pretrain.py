@@ -139,7 +139,7 @@ def _train(
         loader = Loader(
             parts.train, parts.augment, parts.masks, seed=config.seed, global_batch=config.optim.batch_size,
             micro_batch=parts.micro_batch, rank=world.rank, world=world.size, workers=parts.workers,
-            start_step=first, stop_step=last, on_error=config.data.on_error,
+            start_step=first, stop_step=last, on_error=config.data.on_error, remainder=config.data.remainder,
             pin_memory=world.device.type == "cuda", prefetch=config.loader.prefetch,
         )  # fmt: skip
         upkeep = Upkeep(

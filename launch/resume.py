@@ -40,6 +40,7 @@ def describe(config: Config, parts: Parts, step: int, ranks: int, before: dict |
         "samples": len(parts.train),
         "before": before,
         "config": config.to_dict(),
+        "micro_batch": parts.micro_batch,
         "accumulation": parts.accumulation,
         "precision": str(parts.method.compute_dtype).removeprefix("torch."),
         "ranks": ranks,
@@ -54,6 +55,7 @@ def check_same(config: Config, parts: Parts, saved: Saved, allow_change: bool) -
     changed = differences(result_settings(before), result_settings(config))
     if len(parts.train) != saved.about["samples"]:
         changed.append(f"images to train: {saved.about['samples']} -> {len(parts.train)}")
+    changed += _efficiency_that_matters(config, parts, saved)
     if changed and not allow_change:
         raise UserError(
             f"The run in {config.run.dir} was started with other settings ({'; '.join(changed)}): set them back, "
@@ -63,13 +65,21 @@ def check_same(config: Config, parts: Parts, saved: Saved, allow_change: bool) -
     precision = str(parts.method.compute_dtype).removeprefix("torch.")
     if precision != saved.about["precision"]:
         notes.append(f"changed    precision: {saved.about['precision']} -> {precision}; losses will differ slightly")
+    return notes
+
+
+def _efficiency_that_matters(config: Config, parts: Parts, saved: Saved) -> list[str]:
+    """How the batch is divided, where a published setting lets that change the result."""
+    changed = []
+    micro_batch = saved.about.get("micro_batch", parts.micro_batch)
+    if config.method.kind == "jepa" and config.mask.setting == "published" and micro_batch != parts.micro_batch:
+        changed.append(f"images a micro-batch, which mask.setting=published cuts to one length: {micro_batch} -> "
+                       f"{parts.micro_batch}")  # fmt: skip
     accumulation = saved.about.get("accumulation", parts.accumulation)
     if config.optim.schedule == "mae_micro" and accumulation != parts.accumulation:
-        notes.append(
-            f"changed    micro-batches a step: {accumulation} -> {parts.accumulation}; optim.schedule=mae_micro takes "
-            "the learning rate of the last one, so losses will differ slightly"
-        )
-    return notes
+        changed.append(f"micro-batches a step, which optim.schedule=mae_micro counts: {accumulation} -> "
+                       f"{parts.accumulation}")  # fmt: skip
+    return changed
 
 
 def restore(engine: DdpEngine, saved: Saved) -> None:

@@ -33,7 +33,7 @@ class Upkeep:
         engine: DdpEngine,
         monitor: Monitor,
         checkpoints: Checkpoints,
-        steps_per_epoch: int,
+        steps_per_epoch: float,
         describe: Callable[[int], dict[str, Any]],
         probe: Callable[[int], object],
     ):
@@ -67,8 +67,8 @@ class Upkeep:
         signal.signal(number, self._before[number])
 
     def __call__(self, step: int, batch: Batch, last: int) -> bool:
-        epoch_ends = step % self.steps_per_epoch == 0
-        epoch = step // self.steps_per_epoch
+        epoch = int(step / self.steps_per_epoch + 1e-9)
+        epoch_ends = epoch > int((step - 1) / self.steps_per_epoch + 1e-9)  # in this step, or with it
         checkpoint = self.config.checkpoint
         self.watch(step, batch)
         every = self.config.probe.every_epochs

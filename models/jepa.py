@@ -23,7 +23,7 @@ class MaskedBatch(Protocol):
 
     images: Tensor
     sample_ids: Tensor
-    epoch: int
+    epochs: Tensor
     context: Tensor | None
     targets: Tensor | None
 
@@ -174,22 +174,22 @@ class Jepa(nn.Module):
         stop, context, targets = self.predictor.stop, batch.context, batch.targets
         assert context is not None and targets is not None
         (contexts, images, _), blocks = context.shape, targets.shape[0]
-        draw = lambda ids, block, patches: position_noise(  # noqa: E731
-            self.seed, batch.epoch, ids, block, patches, self.predictor.noise_width
-        )
+
+        def draw(shape: tuple[int, ...], block: Tensor, patches: Tensor) -> Tensor:
+            epochs, ids = (each.expand(shape).flatten() for each in (batch.epochs, batch.sample_ids))
+            return position_noise(self.seed, epochs, ids, block.flatten(), patches, self.predictor.noise_width)
+
         noise = context_noise = None
         if stop.targets:
             # Two context blocks of one image predict the same target block from different positions.
             pair = torch.arange(contexts, device=context.device) * blocks
             number = torch.arange(blocks, device=context.device)[:, None] + pair  # [T, E]
             number = number[..., None].expand(-1, -1, images)
-            ids = batch.sample_ids.expand(blocks, contexts, images)
             wanted = targets[:, None].expand(-1, contexts, -1, -1)
-            noise = draw(ids.flatten(), number.flatten(), wanted.flatten(0, 2)).unflatten(0, (blocks, -1))
+            noise = draw((blocks, contexts, images), number, wanted.flatten(0, 2)).unflatten(0, (blocks, -1))
         if stop.context:
             number = CONTEXT_STREAM + torch.arange(contexts, device=context.device)[:, None].expand(-1, images)
-            ids = batch.sample_ids.expand(contexts, images)
-            context_noise = draw(ids.flatten(), number.flatten(), context.flatten(0, 1))
+            context_noise = draw((contexts, images), number, context.flatten(0, 1))
         return noise, context_noise
 
     def predict(

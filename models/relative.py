@@ -163,20 +163,14 @@ def _index(grid: tuple[int, int], prefix: int, method: str, ratio: float, device
         return ids.to(device)
 
 
-def interpolation_weights(
-    size: int, ratio: float, lookup: str, shift: Tensor | None = None, like: Tensor | None = None
-) -> Tensor:
-    """Weights `[2 · size - 1, NB]` of one axis' buckets for every offset of `size` patches, smallest first.
+def interpolation_weights(offsets: Tensor, ratio: float, lookup: str) -> Tensor:
+    """Weights `[n, NB]` of one axis' buckets for offsets `[n]` in patches, whole or not.
 
-    `shift` (a scalar in patches) is added to the offsets; `like` gives dtype and device. `interpolated`: one table
-    step per bucket, the last bucket beyond the ends. `published`: `grid_sample(align_corners=False)` with zero
-    padding, over coordinates in units of 2 · ratio. At a bucket both have the gradient towards the next one, as
-    `grid_sample` has.
+    `interpolated`: one table step per bucket, the last bucket beyond the ends. `published`: as
+    `grid_sample(align_corners=False)` with zero padding, over coordinates in units of 2 · ratio. At a bucket both
+    have the gradient towards the next one, as `grid_sample` has.
     """
-    radius = int(2 * ratio)
-    dtype, device = (torch.get_default_dtype(), None) if like is None else (like.dtype, like.device)
-    offsets = torch.arange(1 - size, size, dtype=dtype, device=device)
-    coordinate = piecewise(offsets if shift is None else offsets + shift, ratio)
+    radius, coordinate = int(2 * ratio), piecewise(offsets, ratio)
     if lookup == "published":
         place = ((coordinate / (2 * ratio) + 1) * (2 * radius + 1) - 1) / 2
         lower = place.detach().floor()
@@ -185,15 +179,24 @@ def interpolation_weights(
         # The last bucket is the upper neighbour of the one before: it has none of its own to move to.
         lower = place.detach().floor().clamp(max=2 * radius - 1)
     upper_share = (place - lower)[:, None]
-    buckets = torch.arange(2 * radius + 1, dtype=dtype, device=device)
-    at_lower, at_upper = buckets == lower[:, None], buckets == lower[:, None] + 1
-    return at_lower * (1 - upper_share) + at_upper * upper_share
+    above = torch.arange(2 * radius + 1, dtype=offsets.dtype, device=offsets.device) - lower[:, None]
+    return (above == 0) * (1 - upper_share) + (above == 1) * upper_share
 
 
 @lru_cache(maxsize=64)
-def _unshifted_weights(size: int, ratio: float, lookup: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _offsets(grid: tuple[int, int], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """All row offsets, then all column offsets, and the axis (0, 1) of each."""
+    with torch.inference_mode(False):
+        offsets = [torch.arange(1 - size, size, dtype=dtype, device=device) for size in grid]
+        return torch.cat(offsets), torch.cat([torch.full((len(o),), i, device=device) for i, o in enumerate(offsets)])
+
+
+@lru_cache(maxsize=64)
+def _unshifted_weights(
+    grid: tuple[int, int], ratio: float, lookup: str, dtype: torch.dtype, device: torch.device
+) -> Tensor:
     with torch.inference_mode(False), torch.no_grad():
-        return interpolation_weights(size, ratio, lookup, like=torch.empty((), dtype=dtype, device=device))
+        return interpolation_weights(_offsets(grid, dtype, device)[0], ratio, lookup)
 
 
 def spread(
@@ -202,21 +205,21 @@ def spread(
     """A product table `[G, d, NB]` interpolated at all offsets, `[G, d, C]`, in the order of `offset_ids`.
 
     C = (2 · rows - 1)(2 · columns - 1), and one more column for the prefix bucket, which no shift moves. Gradients
-    reach `table` and `shift` `[2]` (row, column). `published` reads the row offset as the table's column. The
-    released `adv_shift` is (row, column) as well: it goes with the coordinates, before they are swapped.
+    reach `table` and `shift` `[2]` (row, column), which is added to the offsets. `published` reads the row offset as
+    the table's column. The released `adv_shift` is (row, column) as well: it is added before they are swapped.
     """
-    weights = []
-    for axis, size in enumerate(grid):
-        if shift is None:
-            weights.append(_unshifted_weights(size, ratio, lookup, table.dtype, table.device))
-        else:
-            weights.append(interpolation_weights(size, ratio, lookup, shift[axis], like=table))
-    side = 2 * int(2 * ratio) + 1
-    patches = table[:, :, : side**2].unflatten(2, (side, side))
+    if shift is None:
+        weights = _unshifted_weights(grid, ratio, lookup, table.dtype, table.device)
+    else:
+        offsets, axis = _offsets(grid, table.dtype, table.device)
+        weights = interpolation_weights(offsets + shift[axis], ratio, lookup)
+    for_rows, for_columns = weights.split([2 * size - 1 for size in grid])
+    side = weights.shape[1]
     if lookup == "published":
-        patches = patches.transpose(2, 3)
-    over_columns = torch.einsum("gdab,cb->gdac", patches, weights[1])
-    offsets = torch.einsum("gdac,ra->gdrc", over_columns, weights[0]).flatten(2)
+        pairs = torch.einsum("ra,cb->rcba", for_rows, for_columns)
+    else:
+        pairs = torch.einsum("ra,cb->rcab", for_rows, for_columns)
+    offsets = table[:, :, : side**2] @ pairs.reshape(-1, side**2).T
     return torch.cat([offsets, table[:, :, -1:]], dim=2) if prefix else offsets
 
 
@@ -267,9 +270,8 @@ class RelativeTable(nn.Module):
             return table
         return spread(table, grid, self.prefix, spec.ratio, spec.lookup, shift)
 
-    def _choose(self, x: Tensor, attacked: bool) -> str:
-        per_head = not self.relative.shared and x.shape[1] > 1
-        return self.form or choose_form(x.device, x.shape[2], attacked, per_head)
+    def _choose(self, table: Tensor, index: Tensor) -> str:
+        return self.form or choose_form(index.device, index.shape[0], table.shape[2], table.shape[0])
 
     def logits(
         self, x: Tensor, grid: tuple[int, int], attack: RelativeAttack | None = None, scale: float = 1.0
@@ -282,42 +284,35 @@ class RelativeTable(nn.Module):
         index = self.index(grid, x.device)
         if self.relative.mode == "bias":
             return F.embedding(index, self.whole().T).permute(2, 0, 1)[None]
-        masked = attacked = added = None
+        attacked = None
+        # Tables stay in float32 under autocast: a gradient sums over all pairs, a coordinate has to be exact.
         with torch.autocast(x.device.type, enabled=False):
-            table = self.whole() * scale
-            looked_up = self._looked_up(table, grid)
-            if attack is not None:
-                masked = attack.masked.to(x.dtype)
-                added = self._embedding(attack, scale)
-                if attack.shift is not None:
-                    attacked = self._looked_up(table, grid, attack.shift)
-                elif added is not None and attack.per == "bucket":
-                    added = self._looked_up(added, grid)
-                    if attack.where == "queries":
-                        attacked = looked_up + added
-        form = self._choose(x, attacked is not None)
-        bias = relative_bias(x, looked_up, index, form, attacked, masked if attacked is not None else None)
-        if attack is None or added is None or masked is None or attacked is not None:
-            return bias
-        if attack.per == "bucket":
-            return bias + relative_bias(x, added, index, form) * masked[:, None, None, :]
-        if attack.where == "queries":
-            along_rows = (x @ added.to(x.dtype)) * masked[:, None, :, None]  # [B, H, L, 1]
-            return bias + along_rows
+            whole = self.whole() * scale
+            table = self._looked_up(whole, grid)
+            added = self._embedding(attack, scale)
+            if attack is not None and attack.shift is not None:
+                attacked = self._looked_up(whole, grid, attack.shift)
+            elif attack is not None and added is not None:
+                added = self._looked_up(added, grid) if attack.per == "bucket" else added
+                attacked = table + added if attack.where == "queries" else None
+        form = self._choose(table, index)
+        if attack is None or attacked is not None:
+            return relative_bias(x, table, index, form, attacked, None if attack is None else attack.masked)
+        bias = relative_bias(x, table, index, form)
+        if added is not None and attack.per == "bucket":
+            bias = bias + relative_bias(x, added, index, form) * attack.masked.to(x.dtype)[:, None, None, :]
         return bias
 
     def attacked_keys(self, k: Tensor, attack: RelativeAttack | None, scale: float = 1.0) -> Tensor:
         """Keys `[B, H, L, d]` for `q · k`, moved by `scale · embedding` where masked if the attack says so."""
-        if attack is None or (attack.where, attack.per) != ("keys", "table"):
-            return k
         added = self._embedding(attack, scale)
-        if added is None:
+        if attack is None or added is None or (attack.where, attack.per) != ("keys", "table"):
             return k
         return k + attack.masked.to(k.dtype)[:, None, :, None] * added.to(k.dtype).transpose(1, 2)
 
-    def _embedding(self, attack: RelativeAttack, scale: float) -> Tensor | None:
+    def _embedding(self, attack: RelativeAttack | None, scale: float) -> Tensor | None:
         """The attack's embedding as a table, `[G, d, NB]` or `[G, d, 1]`; only the k-table has one."""
-        if attack.embedding is None or self.term != "k":
+        if attack is None or attack.embedding is None or self.term != "k":
             return None
         groups, depth = (self.rows_table if self.relative.method == "cross" else self.table).shape[:2]
         buckets = self.relative.buckets(self.prefix) if attack.per == "bucket" else 1
@@ -335,8 +330,8 @@ class RelativeTable(nn.Module):
             looked_up = self._looked_up(table, grid).transpose(1, 2)
             if attack is not None and attack.shift is not None:
                 attacked, rows = self._looked_up(table, grid, attack.shift).transpose(1, 2), attack.masked
-        form = self._choose(p, attacked is not None)
-        return relative_values(p, looked_up, self.index(grid, p.device), form, attacked, rows)
+        index = self.index(grid, p.device)
+        return relative_values(p, looked_up, index, self._choose(looked_up.transpose(1, 2), index), attacked, rows)
 
 
 def from_released_relative(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -346,12 +341,19 @@ def from_released_relative(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     `…rp_cols…` → `relative_k.columns_table`, the same for `_bias`. The adversary's `adv_shift` (our shift, in our
     order), `no_shift` and `adv_token` (flattened: our embedding) belong to no layer here and are left out.
     """
-    names = {"rpe_": "relative_", "rp_rows.lookup_table_": "rows_table_", "rp_cols.lookup_table_": "columns_table_"}
+    names = (
+        ("rpe_", "relative_"),
+        ("rp_rows.lookup_table", "rows_table"),
+        ("rp_cols.lookup_table", "columns_table"),
+        ("lookup_table", "table"),
+        ("table_weight", "table"),
+        ("table_bias", "table"),
+    )
     found = {}
     for name, tensor in state.items():
         if name.rsplit(".", 1)[-1] in ("adv_shift", "no_shift", "adv_token"):
             continue
-        for released, ours in {**names, "lookup_table_": "table_"}.items():
+        for released, ours in names:
             name = name.replace(released, ours)
-        found[name.replace("table_weight", "table").replace("table_bias", "table")] = tensor
+        found[name] = tensor
     return found

@@ -157,6 +157,48 @@ def tiny(tmp_path):
     return {**TINY, "run.dir": str(tmp_path / "run")}
 
 
+_TINY_MAE = {
+    "model.width": 24,
+    "model.depth": 1,
+    "model.heads": 2,
+    "method.decoder.width": 16,
+    "method.decoder.depth": 1,
+    "method.decoder.heads": 2,
+    "optim.batch_size": 16,
+    "optim.epochs": 1,
+    "optim.warmup_epochs": 0,
+    "data.path": "digits",
+    "engine.device": "cpu",
+    "loader.workers": 0,
+    "monitor.log_every": 1,
+    "monitor.tensorboard": False,
+    "probe.before": False,
+    "probe.after": False,
+}
+
+
+@pytest.fixture
+def tiny_mae(tmp_path):
+    """Settings of a `demo_adpe` of a second or two, into `tmp_path/run`, as a dictionary."""
+    return {**_TINY_MAE, "run.dir": str(tmp_path / "run")}
+
+
+@pytest.fixture(scope="session")
+def tiny_mae_anywhere():
+    """The settings of `tiny_mae` without the folder."""
+    return dict(_TINY_MAE)
+
+
+@pytest.fixture(scope="session")
+def some_digits():
+    """96 of the digits as a data set of one's own: six steps of 16."""
+    from sklearn.datasets import load_digits
+
+    pixels = load_digits().images[:96]  # pyright: ignore[reportAttributeAccessIssue]
+    images = torch.from_numpy(pixels / 16).float()[:, None]
+    return torch.utils.data.TensorDataset(images, torch.zeros(96, dtype=torch.int64))
+
+
 def command_line(settings: dict) -> list[str]:
     """Settings as `key=value` arguments."""
     return [f"{key}={json.dumps(value)}" for key, value in settings.items()]
@@ -182,18 +224,18 @@ def losses():
 
 @pytest.fixture
 def start():
-    """Start `elsewhere pretrain demo` with settings as a process of its own, single-threaded; killed at the end."""
+    """Start `elsewhere pretrain` with settings as a process of its own, single-threaded; killed at the end."""
     import subprocess
     import sys
 
     started = []
 
-    def run(settings: dict, *flags: str, ranks: int = 1) -> subprocess.Popen:
+    def run(settings: dict, *flags: str, ranks: int = 1, recipe: str = "demo") -> subprocess.Popen:
         launcher = [sys.executable, "-m"]
         if ranks > 1:
             launcher += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
         process = subprocess.Popen(
-            [*launcher, "elsewhere.launch", "pretrain", "demo", *command_line(settings), *flags],
+            [*launcher, "elsewhere.launch", "pretrain", recipe, *command_line(settings), *flags],
             env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

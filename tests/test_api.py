@@ -1,5 +1,7 @@
 """The Python interface: `elsewhere.load` and `elsewhere.pretrain`."""
 
+import argparse
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ import elsewhere
 from elsewhere.launch.build import build_method
 from elsewhere.launch.config import load_config
 from elsewhere.launch.errors import UserError
+from elsewhere.models.zoo import to_released_mae
 
 
 class Squares(torch.utils.data.Dataset):
@@ -88,3 +91,68 @@ def test_a_run_starts_from_the_encoder_of_another(run, tiny, tmp_path, losses, c
 def test_a_start_from_another_model_is_refused(run, tiny):
     with pytest.raises(UserError, match=r"does not fit this recipe.s encoder: .* is \(24,\) there and \(48,\) here"):
         elsewhere.pretrain("demo", **{**tiny, "model.width": 48, "run.dir": str(run.run) + "2", "init.from": run.run})
+
+
+@pytest.fixture
+def mae_run(tiny_mae, some_digits):
+    """A finished run of AdPE with relative positions, on 4×4 patches."""
+    return elsewhere.pretrain("demo_adpe", some_digits, **tiny_mae)
+
+
+def test_load_gives_the_encoder_of_a_masked_autoencoder(mae_run):
+    encoder = elsewhere.load(mae_run.run)
+    saved = torch.load(mae_run.run / "checkpoints/step-00000006/state.pt", weights_only=True)["engine"]["method"]
+    assert encoder.relative is not None
+    for name, tensor in encoder.state_dict().items():
+        assert torch.equal(tensor, saved["encoder." + name]), name
+
+
+@pytest.mark.parametrize("pixels", [8, 12])
+def test_its_features_have_a_class_token_at_any_size(pixels, mae_run):
+    """Relative tables know no size."""
+    encoder = elsewhere.load(mae_run.run)
+    images, side = torch.rand(2, 1, pixels, pixels), pixels // 2
+    tokens = encoder.forward_features(images)
+    assert tokens.shape == (2, 1 + side**2, 24)
+    maps, classes = encoder.forward_intermediates(
+        images, indices=1, norm=True, intermediates_only=True, return_prefix_tokens=True
+    )[0]  # pyright: ignore[reportGeneralTypeIssues]
+    assert maps.shape == (2, 24, side, side) and classes.shape == (2, 1, 24)
+    assert torch.equal(torch.cat([classes, maps.flatten(2).transpose(1, 2)], dim=1), tokens)
+
+
+def test_its_head_is_the_mean_of_patches_without_the_class_token(mae_run):
+    encoder = elsewhere.load(mae_run.run)
+    tokens = torch.rand(2, 17, 24)
+    torch.testing.assert_close(encoder.forward_head(tokens), tokens[:, 1:].mean(dim=1))
+
+
+def test_load_reads_a_released_adpe_checkpoint(tmp_path, tiny_mae):
+    """`{model, optimizer, epoch, scaler, args}`, with args a pickled namespace."""
+    config = load_config("demo_adpe", tiny_mae)
+    method = build_method(config)
+    path, recipe = tmp_path / "checkpoint-399.pth", tmp_path / "mine.yaml"
+    released = {"model": to_released_mae(method, method.attack_tensors()), "optimizer": {}, "epoch": 399, "scaler": {}}
+    torch.save({**released, "args": argparse.Namespace(model="mae_vit_base", lr=None, betas=(0.9, 0.95))}, path)
+    recipe.write_text(config.to_yaml())
+    encoder = elsewhere.load(path, recipe=str(recipe))
+    for name, tensor in encoder.state_dict().items():
+        assert torch.equal(tensor, method.encoder.state_dict()[name]), name
+
+
+class Harm:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_load_refuses_a_pickle_that_runs_code(tmp_path):
+    path, harm = tmp_path / "checkpoint.pth", tmp_path / "harm"
+    torch.save({"model": {}, "args": argparse.Namespace(hook=Harm(harm))}, path)
+    with pytest.raises(UserError, match="cannot be read as weights") as caught:
+        elsewhere.load(path, recipe="demo_adpe")
+    assert "\n" not in str(caught.value) and not harm.exists()

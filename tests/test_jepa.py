@@ -48,14 +48,15 @@ def make_batch(images=4, contexts=1, blocks=3, epoch=2):
 
     return Batch(
         images=torch.from_numpy(rng.integers(0, 256, (images, CHANNELS, 8, 8), dtype=np.uint8)),
-        sample_ids=torch.arange(images) * 1000 + 7, labels=torch.full((images,), -1), epoch=epoch, step=0,
+        sample_ids=torch.arange(images) * 1000 + 7, labels=torch.full((images,), -1),
+        epochs=torch.full((images,), epoch), step=0,
         context=choose(contexts, 5), targets=choose(blocks, 3),
     )  # fmt: skip
 
 
 def part_of(batch, rows):
     return Batch(
-        batch.images[rows], batch.sample_ids[rows], batch.labels[rows], batch.epoch, batch.step,
+        batch.images[rows], batch.sample_ids[rows], batch.labels[rows], batch.epochs[rows], batch.step,
         batch.context[:, rows], batch.targets[:, rows],
     )  # fmt: skip
 
@@ -94,7 +95,7 @@ def drawn_tokens(stop, images=4000):
     """The tokens of the same patches in many images, with the noise that `Jepa` draws for them."""
     method = make_method(stop)
     batch = Batch(
-        torch.empty(images), torch.arange(images), torch.empty(images), 0, 0,
+        torch.empty(images), torch.arange(images), torch.empty(images), torch.zeros(images, dtype=torch.int64), 0,
         torch.tensor([0, 5]).expand(1, images, 2), torch.tensor([3, 9]).expand(1, images, 2),
     )  # fmt: skip
     return method.predictor, tokens_of(method.predictor, batch.context, batch.targets, *method.keyed_noise(batch))
@@ -216,7 +217,7 @@ def test_keyed_noise_of_a_row_is_that_of_its_sample_block_and_patches():
     method, batch = make_method(Stop("both")), make_batch(contexts=2)
     noise, context_noise = method.keyed_noise(batch)
     for t, e, i in itertools.product(range(3), range(2), range(4)):
-        key = method.seed, batch.epoch, batch.sample_ids[i : i + 1]
+        key = method.seed, batch.epochs[i : i + 1], batch.sample_ids[i : i + 1]
         alone = position_noise(*key, torch.tensor([t + 3 * e]), batch.targets[t, i][None], ENCODER.width)
         assert torch.equal(noise[t, 4 * e + i], alone[0]), f"target {t}, context {e}, image {i}"
         alone = position_noise(*key, torch.tensor([2**15 + e]), batch.context[e, i][None], ENCODER.width)

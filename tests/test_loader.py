@@ -72,13 +72,13 @@ def test_order_is_a_permutation_of_seed_and_epoch():
 
 
 def test_requests_follow_the_order_across_epochs():
-    requests = list(Requests(n=100, seed=3, global_batch=24, micro_batch=6, stop_step=9))
+    requests = list(Requests(n=100, seed=3, global_batch=24, micro_batch=6, stop_step=9, remainder="drop"))
     assert len(requests) == 36
     assert [r.step for r in requests] == [step for step in range(9) for _ in range(4)]
     assert [r.micro for r in requests] == [0, 1, 2, 3] * 9
-    assert [r.epoch for r in requests] == [0] * 16 + [1] * 16 + [2] * 4
+    assert [set(r.epochs.tolist()) for r in requests] == [{0}] * 16 + [{1}] * 16 + [{2}] * 4
     for epoch in (0, 1):
-        ids = np.concatenate([r.ids for r in requests if r.epoch == epoch])
+        ids = np.concatenate([r.ids for r in requests if r.epochs[0] == epoch])
         assert np.array_equal(ids, order(3, epoch, 100)[:96])
 
 
@@ -165,12 +165,12 @@ def test_views_change_with_epoch_and_seed_only():
     source = Digits("train")
     first = next(iter(loader(source, global_batch=6)))
     batches = Batches(source, AUGMENT, masks, seed=3)
-    again = batches[Request(0, 99, 1, first.sample_ids.numpy())]
+    again = batches[Request(np.zeros(6, np.int64), 99, 1, first.sample_ids.numpy())]
     assert torch.equal(again.images, first.images)
     assert torch.equal(again.labels, torch.tensor([source.label(int(i)) for i in first.sample_ids]))
-    later = batches[Request(1, 0, 0, first.sample_ids.numpy())]
+    later = batches[Request(np.ones(6, np.int64), 0, 0, first.sample_ids.numpy())]
     assert not torch.equal(later.images, first.images)
-    other = Batches(source, AUGMENT, masks, seed=4)[Request(0, 0, 0, first.sample_ids.numpy())]
+    other = Batches(source, AUGMENT, masks, seed=4)[Request(np.zeros(6, np.int64), 0, 0, first.sample_ids.numpy())]
     assert not torch.equal(other.images, first.images)
 
 
@@ -178,7 +178,7 @@ def test_a_batch_holds_what_the_step_needs():
     batch = next(iter(loader(start_step=5)))
     assert batch.images.shape == (6, 5, 8, 8)
     assert batch.images.dtype == torch.uint8
-    assert (batch.epoch, batch.step) == (1, 5)
+    assert (batch.epochs.tolist(), batch.step) == ([1] * 6, 5)
     expected = masks(3, 1, 5, batch.sample_ids.numpy())
     assert np.array_equal(batch.context.numpy(), expected.context)
     assert np.array_equal(batch.targets.numpy(), expected.targets)
@@ -196,11 +196,12 @@ def test_the_global_random_state_is_left_alone():
 
 
 def test_an_unreadable_image_is_replaced_by_the_next_and_named():
-    batch = Batches(Numbered(bad=[7, 8, 99]), AUGMENT, masks, seed=3)[Request(2, 0, 0, np.array([7, 1, 99]))]
+    request = Request(np.full(3, 2), 0, 0, np.array([7, 1, 99]))
+    batch = Batches(Numbered(bad=[7, 8, 99]), AUGMENT, masks, seed=3)[request]
     assert batch.sample_ids.tolist() == [9, 1, 0]
     assert batch.labels.tolist() == [9, 1, 0]
     assert batch.skipped == ["numbered[7]: cut off", "numbered[8]: cut off", "numbered[99]: cut off"]
-    clean = Batches(Numbered(), AUGMENT, masks, seed=3)[Request(2, 0, 0, np.array([9, 1, 0]))]
+    clean = Batches(Numbered(), AUGMENT, masks, seed=3)[Request(np.full(3, 2), 0, 0, np.array([9, 1, 0]))]
     assert torch.equal(batch.images, clean.images)
     assert torch.equal(batch.context, clean.context)
 
@@ -293,5 +294,5 @@ def test_other_exceptions_keep_their_traceback():
 
 def test_what_a_worker_needs_pickles():
     batches = Batches(Digits("train"), AUGMENT, None, seed=0)
-    request = Request(0, 0, 0, np.arange(4))
+    request = Request(np.zeros(4, np.int64), 0, 0, np.arange(4))
     assert_equal([pickle.loads(pickle.dumps(batches))[request]], [batches[request]])

@@ -22,7 +22,7 @@ PATCHES = torch.tensor([[0, 3, 7], [7, 6, 5], [195, 0, 1], [2, 2, 255], [8, 9, 1
 
 
 def draw(ids=IDS, blocks=BLOCKS, patches=PATCHES, columns=COLUMNS, seed=SEED, epoch=EPOCH):
-    return position_noise(seed, epoch, ids, blocks, patches, columns)
+    return position_noise(seed, torch.full_like(ids, epoch), ids, blocks, patches, columns)
 
 
 def many(columns=64, images=256, patches=49):

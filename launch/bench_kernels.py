@@ -1,0 +1,136 @@
+"""What the forms of the kernels cost on this machine, side by side in one run."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from ..kernels.relative_attention import FORMS, choose_form
+from ..models.relative import Relative, RelativeAttack, RelativeTable
+
+# Images, heads, patches on a side, head dimension: small batches, so that a CPU takes milliseconds.
+SHAPES = (
+    (8, 12, 7, 64),
+    (8, 16, 7, 32),
+    (4, 12, 8, 64),
+    (4, 16, 8, 32),
+    (2, 12, 14, 64),
+    (2, 16, 14, 32),
+    (8, 12, 14, 64),
+)
+_GPU_BATCHES = 32  # a GPU gets so many times these images
+# Lookup, attack and whether heads share the table.
+_SETTINGS = {
+    "hard": ("hard", False, True),
+    "interpolated": ("interpolated", False, True),
+    "attack": ("interpolated", True, True),
+    "hard, per head": ("hard", False, False),
+    "attack, per head": ("interpolated", True, False),
+}
+
+
+def _machine(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)"
+
+
+def _term(setting: str, shape: tuple[int, int, int, int], device: torch.device) -> tuple[RelativeTable, Callable]:
+    """A k-table of a setting with random values, and its term's forward and backward as a function."""
+    lookup, attacked, shared = _SETTINGS[setting]
+    batch, heads, side, depth = shape
+    length = 1 + side**2
+    table = RelativeTable(Relative(lookup=lookup, shared=shared), "k", heads, depth).to(device)
+    torch.nn.init.normal_(table.table, std=0.1)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    tokens = torch.randn(batch, length, 3, heads, depth, device=device, dtype=dtype)
+    queries = tokens[:, :, 0].transpose(1, 2).requires_grad_()  # as a packed projection gives them
+    gradient = torch.randn(batch, heads, length, length, device=device, dtype=dtype)
+    attack = None
+    if attacked:
+        masked = (torch.rand(batch, length, device=device) < 0.75).to(dtype)
+        masked[:, 0] = 0
+        attack = RelativeAttack(masked, shift=torch.tensor([0.3, -0.2], device=device, requires_grad=True))
+
+    def step() -> None:
+        table.logits(queries, (side, side), attack, depth**-0.5).backward(gradient)
+
+    return table, step
+
+
+def _milliseconds(step: Callable[[], None], device: torch.device) -> tuple[float, float]:
+    """Time of one step, and on a GPU the most memory it took in MiB (otherwise 0)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    step()
+    if device.type != "cuda":
+        return (time.perf_counter() - start) * 1e3, 0.0
+    torch.cuda.synchronize(device)
+    taken = (time.perf_counter() - start) * 1e3
+    return taken, (torch.cuda.max_memory_allocated(device) - before) / 2**20
+
+
+def bench_relative(shapes: Sequence[tuple[int, int, int, int]] | None = None, seconds: float = 2.0) -> dict:
+    """Forward and backward of the relative term in both forms, for hard buckets and under the coordinate attack.
+
+    `shapes` are (images, heads, patches on a side, head dimension); `seconds` is spent on each shape and setting, in
+    rounds that run the forms one after the other and begin with another one each time. Uses a GPU where one is
+    visible. Returns `machine`, `torch`, `date` and `rows`, each with `shape`, `tokens`, `setting`, medians in
+    milliseconds and peak MiB (GPU only) by form, and the form `chosen` automatically.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if shapes is None:
+        scale = _GPU_BATCHES if device.type == "cuda" else 1
+        shapes = [(batch * scale, heads, side, depth) for batch, heads, side, depth in SHAPES]
+    rows = []
+    for shape in shapes:
+        for setting in _SETTINGS:
+            table, step = _term(setting, shape, device)
+            times: dict[str, list[float]] = {form: [] for form in FORMS}
+            memory: dict[str, float] = {}
+            rounds, start = -1, time.perf_counter()  # the first round pays for caches
+            while rounds < 5 or time.perf_counter() - start < seconds:
+                for form in FORMS if rounds % 2 else FORMS[::-1]:
+                    table.form = form
+                    taken, memory[form] = _milliseconds(step, device)
+                    if rounds >= 0:
+                        times[form].append(taken)
+                rounds += 1
+            length = 1 + shape[2] ** 2
+            columns = 50 if table.relative.lookup == "hard" else (2 * shape[2] - 1) ** 2 + 1
+            rows.append(
+                {
+                    "shape": shape,
+                    "tokens": length,
+                    "setting": setting,
+                    "milliseconds": {form: statistics.median(times[form]) for form in FORMS},
+                    "peak_mib": memory if device.type == "cuda" else None,
+                    "chosen": choose_form(device, length, columns, 1 if table.relative.shared else shape[1]),
+                }
+            )
+    date = datetime.date.today().isoformat()
+    return {"machine": _machine(device), "torch": torch.__version__, "date": date, "rows": rows}
+
+
+def print_relative_table(result: dict) -> None:
+    """Prints what `bench_relative` returned, one line for each shape and setting."""
+    print(f"relative term, forward + backward, {result['machine']}, torch {result['torch']}, {result['date']}")
+    print(f"{'B,H,L,d':<14} {'setting':<17} {'gather ms':>10} {'dense ms':>10} {'ratio':>6}  chosen")
+    for row in result["rows"]:
+        batch, heads, _, depth = row["shape"]
+        gather, dense = row["milliseconds"]["gather"], row["milliseconds"]["dense"]
+        shape = f"{batch},{heads},{row['tokens']},{depth}"
+        line = (
+            f"{shape:<14} {row['setting']:<17} {gather:>10.2f} {dense:>10.2f} {gather / dense:>6.2f}  {row['chosen']}"
+        )
+        if row["peak_mib"]:
+            line += f"  peak {row['peak_mib']['gather']:.0f} / {row['peak_mib']['dense']:.0f} MiB"
+        print(line)
