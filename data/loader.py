@@ -150,7 +150,7 @@ class Batches(Dataset[Batch]):
     """The micro-batch of each request: images read, decoded and augmented, masks made, all stacked.
 
     `augment(image, rng)` makes uint8 `[C, H, W]` or, of several views, `[V, C, H, W]` of uint8 `[H, W, C]`; its random
-    numbers are the stream (seed, "augment", epoch, sample id). `masks(seed, epoch, step, sample_ids)` draws the masks,
+    numbers are the stream (seed, "augment", epoch, sample id). `masks(seed, epochs, step, sample_ids)` draws the masks,
     or `masks` is None. `on_error` says what an unreadable image does: "skip" takes the next readable sample in its
     place and names it in `Batch.skipped`, "stop" raises `DataError`.
     """
@@ -159,7 +159,7 @@ class Batches(Dataset[Batch]):
         self,
         source: Source,
         augment: Callable[[np.ndarray, np.random.Generator], torch.Tensor],
-        masks: Callable[[int, int, int, np.ndarray], Masks] | None,
+        masks: Callable[[int, np.ndarray, int, np.ndarray], Masks] | None,
         *,
         seed: int,
         on_error: str = "skip",
@@ -263,7 +263,7 @@ class Loader:
         self,
         source: Source,
         augment: Callable[[np.ndarray, np.random.Generator], torch.Tensor],
-        masks: Callable[[int, int, int, np.ndarray], Masks] | None,
+        masks: Callable[[int, np.ndarray, int, np.ndarray], Masks] | None,
         *,
         seed: int,
         global_batch: int,
