@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import platform
+import re
 import statistics
 import time
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ def variants(recipes: Sequence[str], overrides: Sequence[str], vary: Sequence[st
     axes = []
     for item in vary:
         key, _, values = item.partition("=")
-        choices = values.split(",")
+        choices = re.split(r",(?![^\[]*\])", values)  # commas of a list part nothing
         if not key or len(choices) < 2:
             raise UserError(f"--vary {item} compares nothing; write key=a,b, e.g. --vary model.relative.terms=none,k.")
         axes.append([f"{key}={choice}" for choice in choices])

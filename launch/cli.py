@@ -68,6 +68,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments of a command, where settings may also follow flags, which argparse alone would not have."""
+    parser = _parser()
+    parsed, rest = parser.parse_known_args(arguments)
+    late = getattr(parsed, "recipes", getattr(parsed, "overrides", None))
+    if late is None or any(item.startswith("-") or "=" not in item for item in rest):
+        return parser.parse_args(arguments)  # which says what is wrong
+    late.extend(rest)
+    return parsed
+
+
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -77,8 +88,8 @@ def _positive(text: str) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit status is 0, 2 for something to mend, 3 for a run that diverged, 128 + a signal."""
-    parsed = _parser().parse_args(arguments)
     try:
+        parsed = _parse(arguments)
         return _COMMANDS[parsed.command](parsed)
     except UserError as error:
         if os.environ.get("RANK", "0") == "0" or not error.shared:
@@ -127,6 +138,8 @@ def _configs(_: argparse.Namespace) -> int:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
+    if arguments.json and not os.access(arguments.json.parent, os.W_OK):  # before minutes of measuring
+        raise UserError(f"--json {arguments.json}: its folder is not there or not writable; choose another.")
     if arguments.part == "masks":
         from .bench import bench_masks, print_masks_table
 

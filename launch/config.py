@@ -34,6 +34,11 @@ def _pair(value: Any) -> Any:
     return (value, value) if isinstance(value, int) else value
 
 
+def _sorted_terms(value: Any) -> Any:
+    letters = set(value) if isinstance(value, str) else set()
+    return "".join(sorted(value, key="qkv".index)) if letters and letters <= set("qkv") else value
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", populate_by_name=True, validate_default=True, allow_inf_nan=False)
 
@@ -41,7 +46,8 @@ class Section(BaseModel):
 class RelativeSection(Section):
     """Relative positions (image RPE) of MAE+ in encoder and decoder, beside the absolute ones."""
 
-    terms: Literal["none", "k", "q", "v", "qk", "qv", "kv", "qkv"] = "none"  # what gets a relative term
+    # What gets a relative term; letters in any order.
+    terms: Annotated[Literal["none", "k", "q", "v", "qk", "qv", "kv", "qkv"], BeforeValidator(_sorted_terms)] = "none"
     lookup: Literal["hard", "interpolated", "published"] = "hard"  # buckets, or a table read between them
     method: Literal["product", "cross", "euclidean", "quantised"] = "product"
     mode: Literal["contextual", "bias"] = "contextual"
@@ -186,7 +192,7 @@ class Optim(Section):
 
     @model_validator(mode="after")
     def _one_rate(self) -> Optim:
-        if self.base_lr is not None and "lr" not in self.model_fields_set:
+        if "base_lr" in self.model_fields_set and "lr" not in self.model_fields_set:
             self.lr = None
         if (self.lr is None) == (self.base_lr is None):
             raise ValueError(

@@ -68,7 +68,8 @@ def contradiction(config: Config) -> str | None:
 def _of_relative(config: Config) -> str | None:
     relative = config.model.relative
     if relative.terms == "none":
-        found = _unset(config.model, "relative")
+        # Said by name, `none` switches off what a base recipe has; unsaid, it was forgotten.
+        found = None if "terms" in relative.model_fields_set else _unset(config.model, "relative")
         return f"model.{found} needs relative positions; set model.relative.terms=k as well" if found else None
     if relative.mode == "bias" and "v" in relative.terms:
         return (
@@ -92,7 +93,7 @@ def _of_adversary(config: Config) -> str | None:
             "method.adversary.mode=embedding and model.relative.terms=none, or method.mask_token=learned"
         )
     if adversary.mode == "none":
-        found = _unset(config.method, "adversary")
+        found = None if "mode" in adversary.model_fields_set else _unset(config.method, "adversary")
         return (
             f"method.{found} needs an adversary; set method.adversary.mode=coordinate or embedding" if found else None
         )

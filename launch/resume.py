@@ -89,6 +89,10 @@ def restore(engine: DdpEngine, saved: Saved) -> None:
     except (RuntimeError, ValueError, KeyError) as error:
         lines = str(error).splitlines()
         raise UserError(
-            f"{saved.path} does not fit this recipe ({lines[min(1, len(lines) - 1)].strip()}); set model, method and "
-            "optim back, or choose another run.dir."
+            f"{saved.path} does not fit this recipe ({_short(lines[min(1, len(lines) - 1)].strip())}); set model, "
+            "method and optim back, or choose another run.dir."
         ) from error
+
+
+def _short(text: str, most: int = 200) -> str:
+    return text if len(text) <= most else text[:most].rsplit(" ", 1)[0] + " …"

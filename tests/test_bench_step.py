@@ -102,3 +102,12 @@ def test_a_row_has_its_rate_and_memory(measured):
 def test_the_result_says_where_and_when_it_was_measured(measured):
     assert {"hardware", "torch", "python", "date"} <= measured.keys()
     assert (measured["steps"], measured["rounds"]) == (1, 1)
+
+
+def test_lists_are_varied_whole():
+    cases = variants(["demo"], [], ["data.crop_scale=[0.2,1.0],[0.3,1.0]"])
+    assert [overrides for _, overrides in cases] == [["data.crop_scale=[0.2,1.0]"], ["data.crop_scale=[0.3,1.0]"]]
+
+
+def test_a_result_that_cannot_be_written_is_refused_before_measuring(refused, tmp_path):
+    assert "is not there or not writable" in refused("demo", "--json", str(tmp_path / "nowhere" / "x.json"))

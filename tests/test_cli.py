@@ -306,3 +306,8 @@ def test_a_module_run_from_the_checkout_refuses_like_the_command():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2
     assert done.stderr == "elsewhere: There is no setting optim.lrr; did you mean optim.lr?\n"
+
+
+def test_settings_may_follow_flags(capsys):
+    assert main(["pretrain", "demo", "--fresh", "optim.lrr=1"]) == 2
+    assert "There is no setting optim.lrr; did you mean optim.lr?" in capsys.readouterr().err

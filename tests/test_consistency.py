@@ -288,3 +288,12 @@ def test_an_attack_that_acts_is_not_called_a_no_op(change):
 def test_the_banner_says_that_the_released_attack_does_nothing(train, capsys):
     train({**EMBEDDING, **UNBOUNDED, "model.relative.lookup": "hard", "method.adversary.where": "queries"})
     assert said(capsys, "caution ") == [NO_OP + "method.adversary.where=keys acts"]
+
+
+def test_a_base_recipe_is_switched_off_by_name():
+    config = load_config("demo_adpe", ["method.adversary.mode=none", "model.relative.terms=none"])
+    assert config.method.adversary.epsilon == 1.0, "what only the attack used stays, and does nothing"
+
+
+def test_relative_terms_may_be_named_in_any_order():
+    assert load_config("demo_adpe", ["model.relative.terms=vkq"]).model.relative.terms == "qkv"
