@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 FORMS = ("gather", "dense")
@@ -42,6 +43,11 @@ def _by_head(x: Tensor, batch: int, heads: int, groups: int) -> Tensor:
     return x.permute(2, 1, 3, 0, 4).flatten(1, 2)
 
 
+@torch.compiler.assume_constant_result
+def _chunk_numbers(device_type: str) -> int:
+    return _CPU_CHUNK * torch.get_num_threads() if device_type == "cpu" else _GPU_CHUNK
+
+
 def _chunks(table: Tensor, index: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """For chunks of positions: where their matrices are, and the rows of `[G·C, d]` they look up, `[n·G, L]`.
 
@@ -49,8 +55,7 @@ def _chunks(table: Tensor, index: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """
     groups, rows, depth = table.shape
     starts = torch.arange(groups, device=index.device)[:, None] * rows
-    numbers = _CPU_CHUNK * torch.get_num_threads() if table.device.type == "cpu" else _GPU_CHUNK
-    step = max(1, numbers // (groups * index.shape[1] * depth))
+    step = max(1, _chunk_numbers(table.device.type) // (groups * index.shape[1] * depth))
     for start in range(0, index.shape[0], step):
         part = (index[start : start + step, None] + starts).flatten(0, 1)
         yield slice(start * groups, start * groups + part.shape[0]), part
@@ -104,10 +109,12 @@ class _DenseBias(torch.autograd.Function):
         return _against_columns(x, table, index)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:  # pyright: ignore
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, table, index = ctx.saved_tensors
         gradient = gradient.contiguous()
-        return _over_columns(gradient, table, index), _table_gradient(gradient, x, table, index), None
+        for_table = _table_gradient(gradient, x, table, index) if ctx.needs_input_grad[1] else None
+        return _over_columns(gradient, table, index), for_table, None
 
 
 class _DenseValues(torch.autograd.Function):
@@ -117,9 +124,11 @@ class _DenseValues(torch.autograd.Function):
         return _over_columns(p, table, index)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:  # pyright: ignore
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
         p, table, index = ctx.saved_tensors
-        return _against_columns(gradient, table, index), _table_gradient(p, gradient, table, index), None
+        for_table = _table_gradient(p, gradient, table, index) if ctx.needs_input_grad[1] else None
+        return _against_columns(gradient, table, index), for_table, None
 
 
 def _by_table(x: Tensor, groups: int) -> Tensor:

@@ -24,33 +24,36 @@ SHAPES = (
     (8, 12, 14, 64),
 )
 _GPU_BATCHES = 32  # a GPU gets so many times these images
-# Lookup, attack and whether heads share the table.
+# Term, lookup, attack and whether heads share the table.
 _SETTINGS = {
-    "hard": ("hard", False, True),
-    "interpolated": ("interpolated", False, True),
-    "attack": ("interpolated", True, True),
-    "hard, per head": ("hard", False, False),
-    "attack, per head": ("interpolated", True, False),
+    "hard": ("k", "hard", False, True),
+    "interpolated": ("k", "interpolated", False, True),
+    "attack": ("k", "interpolated", True, True),
+    "hard, per head": ("k", "hard", False, False),
+    "attack, per head": ("k", "interpolated", True, False),
+    "hard, values": ("v", "hard", False, True),
+    "attack, values": ("v", "interpolated", True, True),
 }
 
 
 def _machine(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)"
+    return f"{platform.machine()} CPU, CPU time of one thread"
 
 
 def _term(setting: str, shape: tuple[int, int, int, int], device: torch.device) -> tuple[RelativeTable, Callable]:
-    """A k-table of a setting with random values, and its term's forward and backward as a function."""
-    lookup, attacked, shared = _SETTINGS[setting]
+    """A table of a setting with random values, and its term's forward and backward as a function."""
+    term, lookup, attacked, shared = _SETTINGS[setting]
     batch, heads, side, depth = shape
-    length = 1 + side**2
-    table = RelativeTable(Relative(lookup=lookup, shared=shared), "k", heads, depth).to(device)
+    grid, length = (side, side), 1 + side**2
+    table = RelativeTable(Relative(terms=term, lookup=lookup, shared=shared), term, heads, depth).to(device)
     torch.nn.init.normal_(table.table, std=0.1)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     tokens = torch.randn(batch, length, 3, heads, depth, device=device, dtype=dtype)
     queries = tokens[:, :, 0].transpose(1, 2).requires_grad_()  # as a packed projection gives them
-    gradient = torch.randn(batch, heads, length, length, device=device, dtype=dtype)
+    square = torch.randn(batch, heads, length, length, device=device, dtype=dtype)
+    probabilities = square.softmax(dim=-1).requires_grad_()
     attack = None
     if attacked:
         masked = (torch.rand(batch, length, device=device) < 0.75).to(dtype)
@@ -58,24 +61,53 @@ def _term(setting: str, shape: tuple[int, int, int, int], device: torch.device) 
         attack = RelativeAttack(masked, shift=torch.tensor([0.3, -0.2], device=device, requires_grad=True))
 
     def step() -> None:
-        table.logits(queries, (side, side), attack, depth**-0.5).backward(gradient)
+        if term == "v":
+            table.values(probabilities, grid, attack).backward(queries.detach())
+        else:
+            table.logits(queries, grid, attack, depth**-0.5).backward(square)
 
     return table, step
 
 
 def _milliseconds(step: Callable[[], None], device: torch.device) -> tuple[float, float]:
     """Time of one step, and on a GPU the most memory it took in MiB (otherwise 0)."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.synchronize(device)
+    if device.type != "cuda":
+        start = time.process_time()  # other processes on a shared machine do not count
+        step()
+        return (time.process_time() - start) * 1e3, 0.0
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.synchronize(device)
     start = time.perf_counter()
     step()
-    if device.type != "cuda":
-        return (time.perf_counter() - start) * 1e3, 0.0
     torch.cuda.synchronize(device)
     taken = (time.perf_counter() - start) * 1e3
     return taken, (torch.cuda.max_memory_allocated(device) - before) / 2**20
+
+
+def _measure(shape: tuple[int, int, int, int], setting: str, device: torch.device, seconds: float) -> dict:
+    """One row of `bench_relative`."""
+    table, step = _term(setting, shape, device)
+    times: dict[str, list[float]] = {form: [] for form in FORMS}
+    memory: dict[str, float] = {}
+    rounds, start = -1, time.perf_counter()  # the first round pays for caches
+    while rounds < 5 or time.perf_counter() - start < seconds:
+        for form in FORMS if rounds % 2 else FORMS[::-1]:
+            table.form = form
+            taken, memory[form] = _milliseconds(step, device)
+            if rounds >= 0:
+                times[form].append(taken)
+        rounds += 1
+    _, heads, side, _ = shape
+    columns = 50 if table.relative.lookup == "hard" else (2 * side - 1) ** 2 + 1
+    return {
+        "shape": shape,
+        "tokens": 1 + side**2,
+        "setting": setting,
+        "milliseconds": {form: statistics.median(times[form]) for form in FORMS},
+        "peak_mib": memory if device.type == "cuda" else None,
+        "chosen": choose_form(device, 1 + side**2, columns, 1 if table.relative.shared else heads),
+    }
 
 
 def bench_relative(shapes: Sequence[tuple[int, int, int, int]] | None = None, seconds: float = 2.0) -> dict:
@@ -83,39 +115,19 @@ def bench_relative(shapes: Sequence[tuple[int, int, int, int]] | None = None, se
 
     `shapes` are (images, heads, patches on a side, head dimension); `seconds` is spent on each shape and setting, in
     rounds that run the forms one after the other and begin with another one each time. Uses a GPU where one is
-    visible. Returns `machine`, `torch`, `date` and `rows`, each with `shape`, `tokens`, `setting`, medians in
-    milliseconds and peak MiB (GPU only) by form, and the form `chosen` automatically.
+    visible, otherwise one thread. Returns `machine`, `torch`, `date` and `rows`, each with `shape`, `tokens`,
+    `setting`, medians in milliseconds and peak MiB (GPU only) by form, and the form `chosen` automatically.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if shapes is None:
         scale = _GPU_BATCHES if device.type == "cuda" else 1
         shapes = [(batch * scale, heads, side, depth) for batch, heads, side, depth in SHAPES]
-    rows = []
-    for shape in shapes:
-        for setting in _SETTINGS:
-            table, step = _term(setting, shape, device)
-            times: dict[str, list[float]] = {form: [] for form in FORMS}
-            memory: dict[str, float] = {}
-            rounds, start = -1, time.perf_counter()  # the first round pays for caches
-            while rounds < 5 or time.perf_counter() - start < seconds:
-                for form in FORMS if rounds % 2 else FORMS[::-1]:
-                    table.form = form
-                    taken, memory[form] = _milliseconds(step, device)
-                    if rounds >= 0:
-                        times[form].append(taken)
-                rounds += 1
-            length = 1 + shape[2] ** 2
-            columns = 50 if table.relative.lookup == "hard" else (2 * shape[2] - 1) ** 2 + 1
-            rows.append(
-                {
-                    "shape": shape,
-                    "tokens": length,
-                    "setting": setting,
-                    "milliseconds": {form: statistics.median(times[form]) for form in FORMS},
-                    "peak_mib": memory if device.type == "cuda" else None,
-                    "chosen": choose_form(device, length, columns, 1 if table.relative.shared else shape[1]),
-                }
-            )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        rows = [_measure(shape, setting, device, seconds) for shape in shapes for setting in _SETTINGS]
+    finally:
+        torch.set_num_threads(threads)
     date = datetime.date.today().isoformat()
     return {"machine": _machine(device), "torch": torch.__version__, "date": date, "rows": rows}
 

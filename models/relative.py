@@ -7,7 +7,6 @@ coordinate minus the key's, in patches. With prefix tokens the last bucket is fo
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -332,28 +331,3 @@ class RelativeTable(nn.Module):
                 attacked, rows = self._looked_up(table, grid, attack.shift).transpose(1, 2), attack.masked
         index = self.index(grid, p.device)
         return relative_values(p, looked_up, index, self._choose(looked_up.transpose(1, 2), index), attacked, rows)
-
-
-def from_released_relative(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Parameters of a released attention layer under our names; shapes are the same.
-
-    `rpe_k.lookup_table_weight` → `relative_k.table`, `rpe_k.rp_rows.lookup_table_weight` → `relative_k.rows_table`,
-    `…rp_cols…` → `relative_k.columns_table`, the same for `_bias`. The adversary's `adv_shift` (our shift, in our
-    order), `no_shift` and `adv_token` (flattened: our embedding) belong to no layer here and are left out.
-    """
-    names = (
-        ("rpe_", "relative_"),
-        ("rp_rows.lookup_table", "rows_table"),
-        ("rp_cols.lookup_table", "columns_table"),
-        ("lookup_table", "table"),
-        ("table_weight", "table"),
-        ("table_bias", "table"),
-    )
-    found = {}
-    for name, tensor in state.items():
-        if name.rsplit(".", 1)[-1] in ("adv_shift", "no_shift", "adv_token"):
-            continue
-        for released, ours in names:
-            name = name.replace(released, ours)
-        found[name] = tensor
-    return found

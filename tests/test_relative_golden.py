@@ -10,13 +10,32 @@ from elsewhere.models.relative import (
     RelativeTable,
     bucket,
     bucket_ids,
-    from_released_relative,
     piecewise,
 )
 
 METHODS = {"euc": "euclidean", "quant": "quantised", "cross_rows": "rows", "cross_cols": "columns"}
 LOOKUPS = {"irpe": "hard", "adv_embedding": "hard", "adv_coord": "published", "interpolate": "published"}
 FORMS = ("gather", "dense")
+
+
+def from_released_relative(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Parameters of a released table or attention layer under our names; what belongs to the adversary is left out."""
+    names = (
+        ("rpe_", "relative_"),
+        ("rp_rows.lookup_table", "rows_table"),
+        ("rp_cols.lookup_table", "columns_table"),
+        ("lookup_table", "table"),
+        ("table_weight", "table"),
+        ("table_bias", "table"),
+    )
+    found = {}
+    for name, tensor in state.items():
+        if name.rsplit(".", 1)[-1] in ("adv_shift", "no_shift", "adv_token"):
+            continue
+        for released, ours in names:
+            name = name.replace(released, ours)
+        found[name] = tensor
+    return found
 
 
 def gradients(found: torch.nn.Module, attack: RelativeAttack | None) -> dict[str, torch.Tensor]:
