@@ -21,7 +21,7 @@ from .errors import UserError
 
 RECIPES = Path(__file__).resolve().parent.parent / "configs"
 RESULT_SECTIONS = ("seed", "model", "method", "mask", "data", "optim", "init")
-MAY_MOVE = ("data.path", "data.val_path", "data.on_error")  # another machine, the same pictures
+MAY_MOVE = ("data.path", "data.val_path", "data.on_error", "data.max_corrupt")  # another machine, the same pictures
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -151,6 +151,7 @@ class Data(Section):
     val_path: str | None = None
     holdout: Fraction = 0.1
     on_error: Literal["stop", "skip"] = "stop"
+    max_corrupt: Annotated[int, Field(ge=0)] | None = None  # with skip: images of an epoch that may be unreadable
     remainder: Literal["carry", "drop"] = "carry"  # of an epoch that the batch does not divide: into the next, or not
     mean: list[float] | None = None  # ImageNet's for three channels, else 0.5
     std: list[Positive] | None = None  # ImageNet's for three channels, else 0.25

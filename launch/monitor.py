@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from ..data.images import DataError
 from .world import World
 
 # Dense half-precision peaks in TFLOP/s, from the makers' data sheets.
@@ -57,8 +58,9 @@ def rank_me(features: Tensor) -> float:
 class Monitor:
     """Collects each step's values on the device and reads them every `every` steps, so that no step waits for them.
 
-    Only rank 0 writes; a loss that is not finite raises `NonFiniteLoss` on every rank. A resumed run drops the
-    rows that an earlier life wrote beyond the checkpoint, since those steps are taken again.
+    Only rank 0 writes; a loss that is not finite raises `NonFiniteLoss` on every rank, and so does `DataError` more
+    than `max_corrupt` unreadable images in an epoch. A resumed run drops the rows that an earlier life wrote beyond
+    the checkpoint, since those steps are taken again.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class Monitor:
         flops_per_image: float,
         peak: float | None,
         every: int,
+        max_corrupt: int | None = None,
         tensorboard: bool = True,
         progress: bool = True,
     ):
@@ -80,7 +83,9 @@ class Monitor:
         self.images_per_step, self.flops_per_image, self.peak = images_per_step, flops_per_image, peak
         self.step, self._pending, self._wait = first_step, [], 0.0
         self._since = self._said = time.perf_counter()
-        self.last_step = last_step
+        self.last_step, self.max_corrupt = last_step, max_corrupt
+        self._epoch, self._corrupt = -1, 0
+        self._named: set[str] = set()
         self._file = self._board = self._progress = None
         if world.first:
             path = run / "metrics.jsonl"
@@ -128,6 +133,7 @@ class Monitor:
             row = {"step": step, "loss": loss, **facts, **dict(zip(names, rest, strict=True))}
             self._write({**row, **(speed if step == steps[-1] else {})})
             last = row
+            self._count(row)
         self._pending, self._wait = [], 0.0
         if self._board:
             for name, value in {**last, **speed}.items():
@@ -140,6 +146,18 @@ class Monitor:
             raise NonFiniteLoss(
                 f"The loss of rank {rank} at step {steps[at]} is not finite; the last checkpoint is from before it. "
                 "Lower optim.lr, use engine.precision=float32 or bfloat16, or look at the images of that step."
+            )
+
+    def _count(self, row: dict[str, Any]) -> None:
+        """Count the unreadable images of an epoch; every rank has the same row, so all stop together."""
+        if int(row["epoch"]) != self._epoch:
+            self._epoch, self._corrupt = int(row["epoch"]), 0
+        self._corrupt += round(row.get("skipped_images", 0))
+        if self.max_corrupt is not None and self._corrupt > self.max_corrupt:
+            named = "; ".join(sorted(self._named)[:3])
+            raise DataError(
+                f"{self._corrupt} images of epoch {self._epoch} cannot be read, more than data.max_corrupt="
+                f"{self.max_corrupt} (rank {self.world.rank} met {named or 'none of them'}); repair them, or raise it."
             )
 
     def _report(self, done: int, text: str, rate: float) -> None:
@@ -171,8 +189,11 @@ class Monitor:
             say(self.console, text)
 
     def name_skipped(self, lines: list[str]) -> None:
-        """Name the images that this rank could not read in a step."""
+        """Name the images that this rank could not read in a step, each once."""
         for line in lines:
+            if line in self._named:
+                continue
+            self._named.add(line)
             say(self.console, f"Skipped an unreadable image (rank {self.world.rank}): {line}")
 
     def _write(self, row: dict[str, Any]) -> None:

@@ -115,7 +115,7 @@ def _train(
         result.run, world, console, first_step=first, last_step=last, images_per_step=config.optim.batch_size,
         flops_per_image=1e9 * parts.gflops_per_image,
         peak=config.monitor.peak_tflops or peak_tflops(world.device, parts.method.compute_dtype),
-        every=config.monitor.log_every, tensorboard=config.monitor.tensorboard,
+        every=config.monitor.log_every, max_corrupt=config.data.max_corrupt, tensorboard=config.monitor.tensorboard,
         progress=config.monitor.progress and console.is_terminal,
     )  # fmt: skip
 

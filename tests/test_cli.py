@@ -162,6 +162,23 @@ def test_skipped_images_are_named_in_a_line(pretrain, folder, tmp_path):
         assert f" {tmp_path}/images/" in line and line.endswith("not an image in a known format")
 
 
+def test_a_skipped_image_is_named_once(pretrain, folder):
+    _, out, _ = pretrain(folder([10]), "data.on_error=skip", "data.holdout=0", "optim.epochs=3")
+    assert out.count("Skipped an unreadable image") == 1
+
+
+def test_too_many_unreadable_images_stop_a_run(refused, folder, tmp_path):
+    images = folder((10, 11, 20, 21))
+    message = refused(images, "data.on_error=skip", "data.holdout=0", "data.max_corrupt=3", "monitor.log_every=1")
+    assert "cannot be read, more than data.max_corrupt=3" in message and f"{tmp_path}/images/" in message
+
+
+def test_as_many_unreadable_images_as_are_allowed(pretrain, folder):
+    settings = "data.on_error=skip", "data.holdout=0", "optim.epochs=2", "data.remainder=drop", "data.max_corrupt=2"
+    status, _, _ = pretrain(folder((10, 20)), *settings)
+    assert status == 0
+
+
 @pytest.mark.parametrize("on_error", ["stop", "skip"])
 def test_a_folder_of_unreadable_images_alone(refused, folder, on_error):
     assert "cannot be read" in refused(folder(range(40)), f"data.on_error={on_error}")
