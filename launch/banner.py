@@ -10,7 +10,8 @@ from rich.console import Console
 from torch import nn
 
 from ..models.jepa import Jepa
-from .build import Method
+from ..models.mae import Mae
+from ..models.method import Method
 from .config import Config
 from .monitor import hardware, say
 from .parts import Parts
@@ -26,6 +27,7 @@ def _trained(config: Config, method: Method) -> str:
     size = f"encoder {_millions(method.encoder)}"
     if isinstance(method, Jepa):
         return f"{size}, predictor {_millions(method.predictor)} parameters, noise on {config.method.stop.where}"
+    assert isinstance(method, Mae)
     terms, adversary = config.model.relative.terms, config.method.adversary
     positions = "absolute positions" if terms == "none" else f"relative positions on {terms}"
     text = f"{size}, decoder {_millions(method.decoder)} parameters, {positions}"

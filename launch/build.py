@@ -15,20 +15,20 @@ from ..data.random_masks import RandomMasks
 from ..models.adversary import Adversary
 from ..models.jepa import Jepa, Predictor, Stop
 from ..models.mae import Attack, Decoder, Mae
+from ..models.method import IMAGENET_MEAN, IMAGENET_STD, Method
 from ..models.relative import Relative
 from ..models.vit import SIZES, Encoder, Size
 from .config import Config, Data, FreezeSection
 from .errors import UserError, user_errors
 from .optim import Freeze, Schedules, mae_first_counter, make_optimizer, scaled_lr
 
-Method = Jepa | Mae
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-
 
 def pixel_statistics(data: Data, channels: int) -> tuple[list[float], list[float]]:
     """Mean and standard deviation per channel, of pixels in 0…1; UserError for a wrong number of them."""
     out = []
-    for name, given, three, other in zip(("mean", "std"), (data.mean, data.std), IMAGENET, (0.5, 0.25), strict=True):
+    for name, given, three, other in zip(
+        ("mean", "std"), (data.mean, data.std), (IMAGENET_MEAN, IMAGENET_STD), (0.5, 0.25), strict=True
+    ):
         values = list(given or (three if channels == 3 else [other]))
         if len(values) == 1:
             values *= channels

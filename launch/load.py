@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from ..models.jepa import Jepa
+from ..models.method import Method
 from ..models.vit import Encoder
 from ..models.zoo import from_released_encoder, from_released_mae
-from .build import Method, build_encoder, pixel_statistics
+from .build import build_encoder, pixel_statistics
 from .checkpoint import Checkpoints, Saved, inspect
 from .config import Config, load_config
 from .errors import UserError

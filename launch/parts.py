@@ -13,7 +13,9 @@ from ..data.images import DataError, NoHeldOutImages, Source, TorchDataset, open
 from ..data.loader import check_batch_sizes, epoch_length
 from ..data.masks import Masks
 from ..models.jepa import Jepa
-from .build import Method, adversary_schedules, build_augment, build_masks, build_method, build_schedules
+from ..models.mae import Mae
+from ..models.method import Method
+from .build import adversary_schedules, build_augment, build_masks, build_method, build_schedules
 from .config import Config
 from .engine.precision import choose_precision
 from .errors import UserError
@@ -69,7 +71,7 @@ def _flops(method: Method, masks: Masks) -> float:
         assert masks.context is not None and masks.targets is not None
         (contexts, _, context), (blocks, _, target) = masks.context.shape, masks.targets.shape
         return method.flops_per_image(contexts, context, blocks, target)
-    assert masks.visible is not None
+    assert isinstance(method, Mae) and masks.visible is not None
     return method.flops_per_image(*masks.visible.shape[1:])
 
 

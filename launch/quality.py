@@ -12,7 +12,7 @@ from ..data.augment import evaluation_view
 from ..data.decode import UnreadableImage
 from ..data.images import Source
 from ..data.streams import generator
-from .build import Method
+from ..models.method import Method
 from .config import Probe
 from .world import World
 
@@ -64,7 +64,7 @@ def features(
     for images, label, place in loader:
         if len(images):
             images = method.normalise(images.to(world.device))
-            with torch.autocast(world.device.type, method.compute_dtype, method.compute_dtype != torch.float32):
+            with method.autocast():
                 tokens = method.observed(images)
             found.append(method.observed.forward_head(tokens.float()).cpu().numpy())
             labels += label

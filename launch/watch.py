@@ -8,7 +8,7 @@ from torch import Tensor
 from ..data.batch import Batch
 from ..models.jepa import Jepa
 from ..models.mae import Mae
-from .build import Method
+from ..models.method import Method
 from .config import Config
 from .engine.ddp import DdpEngine
 from .monitor import Monitor, rank_me
@@ -38,10 +38,6 @@ class Watch:
     def method(self) -> Method:
         return self.engine.method  # pyright: ignore
 
-    def _autocast(self):
-        dtype = self.method.compute_dtype
-        return torch.autocast(self.world.device.type, dtype, dtype != torch.float32)
-
     @torch.no_grad()
     def _draw(self, batch: Batch) -> None:
         if not self.world.first:
@@ -51,10 +47,10 @@ class Watch:
             assert batch.context is not None and batch.targets is not None
             self.monitor.picture("masks", draw_masks(batch.images, batch.context, batch.targets, method.encoder.grid))
             return
-        assert batch.visible is not None
+        assert isinstance(method, Mae) and batch.visible is not None
         raw, visible = batch.images.flatten(0, -4)[:8], batch.visible.flatten(0, 1)[:8]
         tensors = self.engine.adversary.tensors if self.engine.adversary else None
-        with self._autocast():
+        with method.autocast():
             images = method.normalise(raw)
             predictions, masked = method.predict(images, visible, tensors)
         painted = 255 * method.denormalise(method.reconstruct(images, predictions.float()))
@@ -66,7 +62,7 @@ class Watch:
     @torch.no_grad()
     def _collapse(self, batch: Batch) -> None:
         method = self.method
-        with self._autocast():
+        with method.autocast():
             images = method.normalise(batch.images.flatten(0, -4)[: len(batch)])
             tokens = method.observed(images)
         pooled = self.world.gather(method.observed.forward_head(tokens.float())).flatten(0, 1)

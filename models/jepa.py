@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..kernels.stochastic_positions import position_noise, stochastic_positions
+from .method import IMAGENET_MEAN, IMAGENET_STD, Method
 from .positions import Positions
 from .vit import Encoder, Size, encoder_flops, initialise, norm_layer, take, transformer_blocks
 
@@ -123,11 +124,11 @@ class Predictor(nn.Module):
         return self.proj(self.norm(x)[:, known.shape[1] :])
 
 
-class Jepa(nn.Module):
+class Jepa(Method):
     """I-JEPA: predict the teacher's features of target blocks from a context block; StoP where `stop` says so.
 
     `pairing="published"` keeps the released code's mismatch of predictions and targets for two or more context
-    blocks; `compute_dtype` other than float32 enters autocast in `forward` while parameters stay float32.
+    blocks.
     """
 
     def __init__(
@@ -136,34 +137,27 @@ class Jepa(nn.Module):
         predictor: Predictor,
         *,
         seed: int = 0,
-        mean: Sequence[float] = (0.485, 0.456, 0.406),
-        std: Sequence[float] = (0.229, 0.224, 0.225),
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
         teacher_layers: int = 1,
         pairing: str = "paired",
         compute_dtype: torch.dtype = torch.float32,
     ):
-        super().__init__()
-        self.encoder, self.predictor = encoder, predictor
+        super().__init__(encoder, mean, std, compute_dtype)
+        self.predictor = predictor
         self.teacher = copy.deepcopy(encoder).requires_grad_(False)
-        self.seed, self.teacher_layers, self.pairing, self.compute_dtype = seed, teacher_layers, pairing, compute_dtype
-        self.register_buffer("mean", torch.tensor(mean).reshape(-1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).reshape(-1, 1, 1), persistent=False)
+        self.seed, self.teacher_layers, self.pairing = seed, teacher_layers, pairing
 
     @property
     def observed(self) -> Encoder:
         """The encoder that is probed and watched: the teacher."""
         return self.teacher
 
-    def normalise(self, images: Tensor) -> Tensor:
-        """uint8 images `[B, C, H, W]` as normalised float32."""
-        return (images.float() / 255 - self.mean) / self.std  # pyright: ignore
-
     def forward(self, batch: MaskedBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of a batch (a float32 scalar) and detached scalars to log."""
         assert batch.context is not None and batch.targets is not None, "I-JEPA batches carry masks"
         noise, context_noise = self.keyed_noise(batch)
-        device = batch.images.device.type
-        with torch.autocast(device, self.compute_dtype, enabled=self.compute_dtype != torch.float32):
+        with self.autocast():
             images = self.normalise(batch.images)
             predictions, features = self.predict(images, batch.context, batch.targets, noise, context_noise)
         loss = F.smooth_l1_loss(predictions.float(), features.float())

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from .method import IMAGENET_MEAN, IMAGENET_STD, Method
 from .positions import Positions, shifted_sincos
 from .relative import Relative, RelativeAttack
 from .vit import Encoder, Size, encoder_flops, initialise, norm_layer, run_blocks, transformer_blocks
@@ -87,12 +88,11 @@ class Decoder(nn.Module):
         return self.proj(self.norm(decoded)[:, self.prefix :])
 
 
-class Mae(nn.Module):
+class Mae(Method):
     """Reconstruct masked patches; `visible_only` encodes the visible ones alone (MAE), otherwise all tokens (MAE+).
 
     `mask_token` is what a masked patch of MAE+ holds beside its position: a `learned` token, or the `adversary`'s
     (AdPE as released in its absolute embedding mode, where the mask token is only ever ascended).
-    `compute_dtype` other than float32 enters autocast in `forward` while parameters stay float32.
     """
 
     def __init__(
@@ -104,31 +104,15 @@ class Mae(nn.Module):
         mask_token: str = "learned",
         attack: Attack | None = None,
         normalise_pixels: bool = True,
-        mean: Sequence[float] = (0.485, 0.456, 0.406),
-        std: Sequence[float] = (0.229, 0.224, 0.225),
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
         compute_dtype: torch.dtype = torch.float32,
     ):
-        super().__init__()
-        self.encoder, self.decoder = encoder, decoder
+        super().__init__(encoder, mean, std, compute_dtype)
+        self.decoder = decoder
         self.visible_only, self.attack, self.normalise_pixels = visible_only, attack or Attack(), normalise_pixels
-        self.compute_dtype = compute_dtype
         learned = not visible_only and mask_token == "learned"
         self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, encoder.size.width)) if learned else None
-        self.register_buffer("mean", torch.tensor(mean).reshape(-1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).reshape(-1, 1, 1), persistent=False)
-
-    @property
-    def observed(self) -> Encoder:
-        """The encoder that is probed and watched."""
-        return self.encoder
-
-    def normalise(self, images: Tensor) -> Tensor:
-        """uint8 images `[B, C, H, W]` as normalised float32."""
-        return (images.float() / 255 - self.mean) / self.std  # pyright: ignore
-
-    def denormalise(self, images: Tensor) -> Tensor:
-        """Normalised images `[B, C, H, W]` as pixels in 0…1."""
-        return images * self.std + self.mean  # pyright: ignore
 
     def attack_tensors(self) -> dict[str, Tensor]:
         """What the adversary of this method starts from, float32; every row of a tensor is bounded on its own.
@@ -161,7 +145,7 @@ class Mae(nn.Module):
         """Loss of a batch (a float32 scalar) under the attack, and detached scalars to log."""
         assert batch.visible is not None, "batches of a masked autoencoder say which patches are visible"
         raw, visible = batch.images.flatten(0, -4), batch.visible.flatten(0, 1)
-        with torch.autocast(raw.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32):
+        with self.autocast():
             images = self.normalise(raw)
             predictions, masked = self.predict(images, visible, adversary)
         predictions = predictions.float()
@@ -252,6 +236,3 @@ class Mae(nn.Module):
         inner = encoder_flops(encoder.size, seen, encoder.relative)
         inner += encoder_flops(decoder.size, patches + encoder.num_prefix_tokens, encoder.relative)
         return 3.0 * views * (ends + inner)
-
-    def after_step(self, momentum: float) -> None:
-        """Nothing: there is no teacher."""

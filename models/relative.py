@@ -190,12 +190,18 @@ def _offsets(grid: tuple[int, int], dtype: torch.dtype, device: torch.device) ->
         return torch.cat(offsets), torch.cat([torch.full((len(o),), i, device=device) for i, o in enumerate(offsets)])
 
 
+def _pairs(weights: Tensor, grid: tuple[int, int], lookup: str) -> Tensor:
+    """Weights `[C, NB · NB]` of a product table's buckets, from those of all row and then all column offsets."""
+    for_rows, for_columns = weights.split([2 * size - 1 for size in grid])
+    # Published: a row offset looks up the table's column.
+    order = "ra,cb->rcba" if lookup == "published" else "ra,cb->rcab"
+    return torch.einsum(order, for_rows, for_columns).reshape(-1, weights.shape[1] ** 2)
+
+
 @lru_cache(maxsize=64)
-def _unshifted_weights(
-    grid: tuple[int, int], ratio: float, lookup: str, dtype: torch.dtype, device: torch.device
-) -> Tensor:
+def _unshifted(grid: tuple[int, int], ratio: float, lookup: str, dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(False), torch.no_grad():
-        return interpolation_weights(_offsets(grid, dtype, device)[0], ratio, lookup)
+        return _pairs(interpolation_weights(_offsets(grid, dtype, device)[0], ratio, lookup), grid, lookup)
 
 
 def spread(
@@ -208,18 +214,12 @@ def spread(
     the table's column. The released `adv_shift` is (row, column) as well: it is added before they are swapped.
     """
     if shift is None:
-        weights = _unshifted_weights(grid, ratio, lookup, table.dtype, table.device)
+        pairs = _unshifted(grid, ratio, lookup, table.dtype, table.device)
     else:
         offsets, axis = _offsets(grid, table.dtype, table.device)
-        weights = interpolation_weights(offsets + shift[axis], ratio, lookup)
-    for_rows, for_columns = weights.split([2 * size - 1 for size in grid])
-    side = weights.shape[1]
-    if lookup == "published":
-        pairs = torch.einsum("ra,cb->rcba", for_rows, for_columns)
-    else:
-        pairs = torch.einsum("ra,cb->rcab", for_rows, for_columns)
-    offsets = table[:, :, : side**2] @ pairs.reshape(-1, side**2).T
-    return torch.cat([offsets, table[:, :, -1:]], dim=2) if prefix else offsets
+        pairs = _pairs(interpolation_weights(offsets + shift[axis], ratio, lookup), grid, lookup)
+    looked_up = table[:, :, : pairs.shape[1]] @ pairs.T
+    return torch.cat([looked_up, table[:, :, -1:]], dim=2) if prefix else looked_up
 
 
 class RelativeTable(nn.Module):

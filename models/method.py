@@ -1,0 +1,55 @@
+"""What all training methods have in common: how pixels enter, and in which type they compute."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .vit import Encoder
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Method(nn.Module):
+    """A training method around `encoder`: `forward(batch)` gives the loss and scalars to log.
+
+    `mean` and `std` are per channel, of pixels in 0…1. `compute_dtype` other than float32 enters autocast in `forward`
+    while parameters stay float32.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+        compute_dtype: torch.dtype = torch.float32,
+    ):
+        super().__init__()
+        self.encoder, self.compute_dtype = encoder, compute_dtype
+        self.register_buffer("mean", torch.tensor(mean).reshape(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).reshape(-1, 1, 1), persistent=False)
+
+    @property
+    def observed(self) -> Encoder:
+        """The encoder that is probed and watched."""
+        return self.encoder
+
+    def autocast(self) -> torch.autocast:
+        """The context in which this method computes."""
+        return torch.autocast(self.mean.device.type, self.compute_dtype, self.compute_dtype != torch.float32)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8 images `[B, C, H, W]` as normalised float32."""
+        return (images.float() / 255 - self.mean) / self.std
+
+    def denormalise(self, images: Tensor) -> Tensor:
+        """Normalised images `[B, C, H, W]` as pixels in 0…1."""
+        return images * self.std + self.mean
+
+    def after_step(self, momentum: float) -> None:
+        """What follows an optimiser step that was taken: nothing, where there is no teacher."""
