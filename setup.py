@@ -53,6 +53,7 @@ setup(
             "build>=1.2",
             "setuptools>=70.1",
             "tifffile>=2024.1",
+            "webdataset>=1.0",
         ],
         "tiff": ["tifffile>=2024.1"],
         "lint": ["ruff>=0.9", "pyright>=1.1.390"],

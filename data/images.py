@@ -36,8 +36,8 @@ class Source(Protocol):
     """Images by index. A source is picklable and small, because each worker process has a copy."""
 
     @property
-    def channels(self) -> int:
-        """Channels of every image that `read` returns."""
+    def channels(self) -> int | None:
+        """Channels of every image that `read` returns; None where each has its own."""
         ...
 
     @property
@@ -157,7 +157,7 @@ class ImageFolder:
     Raises `DataError` for a folder that is missing, has no images, or has classes in val that train has not.
     """
 
-    def __init__(self, root: str, split: str = "train", channels: int = 3):
+    def __init__(self, root: str, split: str = "train", channels: int | None = 3):
         _check_split(split)
         self.root = os.path.expanduser(root)
         self.channels = channels
@@ -379,7 +379,7 @@ class Subset:
     def __init__(self, source: Source, indices: Sequence[int] | np.ndarray):
         self._source = source
         self._indices = np.asarray(indices, dtype=np.int64)
-        self.channels: int = source.channels
+        self.channels: int | None = source.channels
         self.classes: list[str] | None = source.classes
 
     def __len__(self) -> int:
@@ -423,7 +423,7 @@ def _split_off(source: Source, split: str, holdout: float) -> Source:
     return Subset(source, np.setdiff1d(np.arange(len(source)), indices, assume_unique=True)) if len(indices) else source
 
 
-def _open_torchvision(kind: str, folder: str, split: str, channels: int, holdout: float) -> Source:
+def _open_torchvision(kind: str, folder: str, split: str, channels: int | None, holdout: float) -> Source:
     try:
         from torchvision import datasets
     except (ImportError, RuntimeError) as error:
@@ -468,19 +468,25 @@ def _open_torchvision(kind: str, folder: str, split: str, channels: int, holdout
     raise AssertionError("the last choice returns or raises")
 
 
-def open_source(path: str, split: str, channels: int, holdout: float = 0.1) -> Source:
-    """The source that `data.path` names: `digits`, `<torchvision set>:DIR` (as cifar10:DIR), or a folder of images.
+def open_source(path: str, split: str, channels: int | None, holdout: float = 0.1) -> Source:
+    """The source that `data.path` names: `digits`, `<torchvision set>:DIR`, shards, or a folder of images.
 
     `split` is train or val. Where there is no val split, the share `holdout` of train (not more than 10,000 images,
-    always the same ones) is val and train goes without. Images have `channels` channels. Raises `DataError`, and its
-    kind `NoHeldOutImages` where there is no val split and `holdout` is 0.
+    always the same ones) is val and train goes without. Images have `channels` channels (None: their own). Raises
+    `DataError`, and its kind `NoHeldOutImages` where there is no val split and `holdout` is 0.
     """
     _check_split(split)
     if path == "digits":
-        return Channels(Digits(split), channels)
+        return Channels(Digits(split), channels) if channels else Digits(split)
     prefixed = re.fullmatch(r"([A-Za-z0-9_]+):(.*)", path)
     if prefixed and not os.path.exists(path):
         return _open_torchvision(prefixed[1].lower(), prefixed[2], split, channels, holdout)
+    from .shards import Shards, has_val, names_shards  # which is made of what stands here
+
+    if names_shards(path):
+        if has_val(path):
+            return Shards(path, split, channels)
+        return _split_off(Shards(path, None, channels), split, holdout)
     if ImageFolder.validation_folder(path):
         return ImageFolder(path, split, channels)
     return _split_off(ImageFolder(path, "train", channels), split, holdout)

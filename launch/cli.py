@@ -21,6 +21,7 @@ from collections.abc import Sequence  # noqa: E402
 from importlib.metadata import version  # noqa: E402
 
 from .errors import UserError  # noqa: E402
+from .shards import add_shards_command, run_shards  # noqa: E402
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -47,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     pretrain.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # deepspeed's launcher
     recipe_command("show", "Print a recipe with its bases and overrides merged.")
     commands.add_parser("configs", help="List the packaged recipes.", description="List the packaged recipes.")
+    add_shards_command(commands)
     bench = commands.add_parser("bench", help="Measure a part on this machine.").add_subparsers(
         dest="part", required=True, metavar="PART"
     )
@@ -164,4 +166,4 @@ def _bench(arguments: argparse.Namespace) -> int:
     return 0
 
 
-_COMMANDS = {"pretrain": _pretrain, "show": _show, "configs": _configs, "bench": _bench}
+_COMMANDS = {"pretrain": _pretrain, "show": _show, "configs": _configs, "bench": _bench, "shards": run_shards}
