@@ -31,6 +31,21 @@ def _philox(counter: list[np.ndarray], key: tuple[int, int]) -> list[np.ndarray]
     return [c0, c1, c2, c3]
 
 
+def _philox_of_one(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:
+    """`_philox` of a single counter in plain integers, a tenth of numpy's time for arrays of one."""
+    (c0, c1, c2, c3), (k0, k1) = counter, key
+    for _ in range(10):
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = (p1 >> 32) ^ c1 ^ k0, p1 & 0xFFFFFFFF, (p0 >> 32) ^ c3 ^ k1, p0 & 0xFFFFFFFF
+        k0, k1 = (k0 + _WEYL[0]) & 0xFFFFFFFF, (k1 + _WEYL[1]) & 0xFFFFFFFF
+    return c0, c1, c2, c3
+
+
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed={seed} is out of range: choose 0 … 4294967295.")
+
+
 def words(
     seed: int, purpose: str, epoch: int | np.ndarray, sample_ids: np.ndarray, count: int, start: int = 0
 ) -> np.ndarray:
@@ -39,8 +54,7 @@ def words(
     `epoch` is one for all, or `[B]`. `start` must be a multiple of 4. `seed` has 32 bits, `epoch` 20, ids 44.
     """
     assert start % 4 == 0, "a stream is cut at whole Philox blocks"
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed={seed} is out of range: choose 0 … 4294967295.")
+    _check_seed(seed)
     ids = np.asarray(sample_ids, dtype=np.uint64)[:, None]
     blocks = -(-count // 4)
     index = np.arange(start // 4, start // 4 + blocks, dtype=np.uint64)[None, :]
@@ -60,5 +74,9 @@ def uniforms(
 
 def generator(seed: int, purpose: str, epoch: int, sample_id: int = 0) -> np.random.Generator:
     """A numpy generator for one sample's stream, for draws whose number is not known in advance."""
-    key = words(seed, purpose, epoch, np.array([sample_id]), 4)[0].astype(np.uint64)
-    return np.random.Generator(np.random.Philox(key=key[0::2] << _SHIFT | key[1::2]))
+    _check_seed(seed)
+    sample_id, epoch = int(sample_id), int(epoch)  # numpy's would overflow
+    counter = (0, 0, sample_id & 0xFFFFFFFF, sample_id >> 32 | epoch << 12)
+    first = _philox_of_one(counter, (seed, zlib.crc32(purpose.encode())))  # the stream's first four words
+    key = np.array([first[0] << 32 | first[1], first[2] << 32 | first[3]], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key))

@@ -56,6 +56,10 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_parser("masks", help=text, description=text)
     text = "The forms of relative attention, forward and backward, interleaved in one run."
     bench.add_parser("kernels", help=text, description=text)
+    text = (
+        "Reading, decoding and cropping a folder of images, from files and from shards, against ImageFolder + Pillow."
+    )
+    bench.add_parser("data", help=text, description=text).add_argument("folder", help="a folder of classes of images")
     text = "Whole training steps of recipes and their variants, interleaved in one run, on random images."
     step = bench.add_parser("step", help=text, description=text)
     step.add_argument(
@@ -152,6 +156,15 @@ def _bench(arguments: argparse.Namespace) -> int:
 
         result = bench_relative()
         print_relative_table(result)
+    elif arguments.part == "data":
+        from ..data.images import DataError
+        from .bench_data import bench_data, print_data_table
+
+        try:
+            result = bench_data(arguments.folder)
+        except DataError as error:
+            raise UserError(str(error)) from error
+        print_data_table(result)
     else:
         from .bench_step import bench_step, print_step_table, variants
 

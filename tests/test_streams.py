@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from elsewhere.data.streams import _philox, generator, uniforms, words
+from elsewhere.data.streams import _philox, _philox_of_one, generator, uniforms, words
 
 PI = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)
 # Random123 1.14, tests/kat_vectors: counter, key, words of philox4x32-10.
@@ -19,6 +19,20 @@ IDS = np.array([5, 0, 2**32 + 5, 2**44 - 1, 17])
 def test_philox_gives_the_published_words(counter, key, expected):
     found = _philox([np.array([c], dtype=np.uint64) for c in counter], key)
     assert [int(word[0]) for word in found] == list(expected)
+
+
+@pytest.mark.parametrize(("counter", "key", "expected"), KNOWN, ids=["zeros", "ones", "pi"])
+def test_philox_of_one_gives_the_published_words(counter, key, expected):
+    assert _philox_of_one(counter, key) == expected
+
+
+@pytest.mark.parametrize("name", [(0, "a", 0, 0), (2**32 - 1, "augment", 2**20 - 1, 2**44 - 1), (7, "b", 3, 2**33 + 5)])
+def test_a_generator_is_keyed_by_the_first_words_of_its_stream(name):
+    seed, purpose, epoch, sample = name
+    first = words(seed, purpose, epoch, np.array([sample]), 4)[0].astype(np.uint64)
+    key = first[0::2] << np.uint64(32) | first[1::2]
+    expected = np.random.Generator(np.random.Philox(key=key)).random(8)
+    assert np.array_equal(generator(*name).random(8), expected)
 
 
 def test_a_stream_goes_on_where_start_says():
