@@ -40,6 +40,11 @@ def _trained(config: Config, method: Method) -> str:
 def cautions(config: Config) -> list[str]:
     """What a user should know of this configuration before spending hours on it."""
     adversary, found = config.method.adversary, []
+    if config.optim.warmup_epochs > config.optim.epochs:
+        found.append(
+            f"caution    optim.warmup_epochs={config.optim.warmup_epochs:g} is longer than optim.epochs="
+            f"{config.optim.epochs}: the learning rate never reaches its peak"
+        )
     relative = config.model.relative.terms != "none"
     if relative and (adversary.mode, adversary.where, adversary.per) == ("embedding", "queries", "table"):
         found.append(
@@ -63,7 +68,7 @@ def banner(console: Console, config: Config, world: World, parts: Parts, start: 
     views = f" ({config.data.views} crops each)" if config.data.views > 1 else ""
     teacher = " and teacher" if isinstance(method, Jepa) else ""
     lines = {
-        "run": f"{config.run.dir}  ({config.about})" if config.about else config.run.dir,
+        "run": f"{config.run.dir}  (recipe: {config.about})" if config.about else config.run.dir,
         "hardware": f"{hardware(world)}, torch {torch.__version__}",
         "precision": f"{dtype} ({parts.precision_reason}); parameters{teacher} float32",
         "model": f"{_trained(config, method)}, {rows}×{columns} patches, {parts.gflops_per_image:.3g} GFLOP an image",

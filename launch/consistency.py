@@ -39,16 +39,36 @@ def _unset(section: BaseModel, path: str) -> str | None:
     return path
 
 
+# What switches a group of settings off, and with it all that a base recipe says there.
+_SWITCHES = {"method.adversary": "method.adversary.mode", "model.relative": "model.relative.terms"}
+
+
+def _switched_off(config: Config, path: str) -> bool:
+    """Whether the group at `path` was switched off by name; unsaid, `none` was rather forgotten."""
+    if path not in _SWITCHES:
+        return False
+    section, _, group = path.partition(".")
+    values, switch = getattr(getattr(config, section), group), _SWITCHES[path].rpartition(".")[2]
+    return getattr(values, switch) == "none" and switch in values.model_fields_set
+
+
 def contradiction(config: Config) -> str | None:
     """One sentence on the first settings that contradict each other, with the way out; None where there are none."""
     kind = config.method.kind
     foreign = {path: owner for owner, paths in _OF.items() for path in paths if path not in _OF[kind]}
     for path in foreign:
         section, _, rest = path.partition(".")
+        if _switched_off(config, path):
+            continue
         found = _unset(getattr(config, section), rest)
         if found:
             owners = " or ".join(name for name, paths in _OF.items() if path in paths)
-            return f"{section}.{found} belongs to method.kind={owners}, and this is {kind}; leave it out"
+            switch = _SWITCHES.get(path)
+            way = f"set {switch}=none as well" if switch else "leave it out"
+            return (
+                f"{section}.{found} belongs to method.kind={owners}, and this is {kind}; {way}, or start from a recipe "
+                f"of {kind}"
+            )
     mask = config.mask
     if mask.setting == "recommended" and _unset(mask, "min_keep"):
         return f"mask.min_keep={mask.min_keep} belongs to mask.setting=published; set mask.context_keep instead"
@@ -68,8 +88,7 @@ def contradiction(config: Config) -> str | None:
 def _of_relative(config: Config) -> str | None:
     relative = config.model.relative
     if relative.terms == "none":
-        # Said by name, `none` switches off what a base recipe has; unsaid, it was forgotten.
-        found = None if "terms" in relative.model_fields_set else _unset(config.model, "relative")
+        found = None if _switched_off(config, "model.relative") else _unset(config.model, "relative")
         return f"model.{found} needs relative positions; set model.relative.terms=k as well" if found else None
     if relative.mode == "bias" and "v" in relative.terms:
         return (
@@ -79,7 +98,7 @@ def _of_relative(config: Config) -> str | None:
     if relative.lookup != "hard" and (relative.method != "product" or relative.mode != "contextual"):
         return (
             f"model.relative.lookup={relative.lookup} reads between the buckets of a contextual product table; set "
-            "model.relative.method=product and mode=contextual, or lookup=hard"
+            "model.relative.method=product and mode=contextual, or without a coordinate attack lookup=hard"
         )
     return None
 
@@ -93,10 +112,17 @@ def _of_adversary(config: Config) -> str | None:
             "method.adversary.mode=embedding and model.relative.terms=none, or method.mask_token=learned"
         )
     if adversary.mode == "none":
-        found = None if "mode" in adversary.model_fields_set else _unset(config.method, "adversary")
+        found = None if _switched_off(config, "method.adversary") else _unset(config.method, "adversary")
         return (
             f"method.{found} needs an adversary; set method.adversary.mode=coordinate or embedding" if found else None
         )
+    if relative.terms == "none" or adversary.mode == "coordinate":
+        for name in ("where", "per"):
+            if _unset(adversary, name):
+                return (
+                    f"method.adversary.{name}={getattr(adversary, name)} says how an embedding attacks relative "
+                    "positions, which this attack does not; leave it out"
+                )
     if adversary.norm == "none" and adversary.epsilon is not None:
         return (
             f"method.adversary.epsilon={adversary.epsilon:g} bounds nothing without a norm; set "
@@ -113,7 +139,7 @@ def _of_adversary(config: Config) -> str | None:
     elif adversary.mode == "coordinate" and relative.lookup == "hard":
         return (
             "method.adversary.mode=coordinate moves patches between buckets, which model.relative.lookup=hard cannot "
-            "read; set model.relative.lookup=interpolated"
+            "read; set model.relative.lookup=interpolated, or method.adversary.mode=none or embedding"
         )
     elif adversary.mode == "embedding" and "k" not in relative.terms:
         return (

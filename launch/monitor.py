@@ -139,8 +139,13 @@ class Monitor:
             for name, value in {**last, **speed}.items():
                 if name != "step":
                     self._board.add_scalar(f"train/{name}", value, last["step"])
+        fast = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
         if self.world.first:
-            self._report(steps[-1] + 1, f"loss {last['loss']:.4f}  lr {last['lr']:.2e}  {rate:,.0f} images/s", rate)
+            self._report(
+                steps[-1] + 1,
+                f"loss {last['loss']:.4f}  lr {last['lr']:.2e}  {fast} images/s",
+                rate,
+            )
         if len(bad):
             rank, at = bad[torch.argmin(bad[:, 1])].tolist()
             raise NonFiniteLoss(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -106,12 +107,15 @@ def knn_accuracy(train: np.ndarray, labels: np.ndarray, val: np.ndarray, truth: 
 
 def linear_accuracy(train: np.ndarray, labels: np.ndarray, val: np.ndarray, truth: np.ndarray) -> float:
     """Share of `val` `[m, D]` that logistic regression on `train`, standardised by training statistics, gets right."""
+    from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300, tol=1e-3))
-    return float(model.fit(train, labels).score(val, truth))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # 300 iterations are the probe's definition
+        return float(model.fit(train, labels).score(val, truth))
 
 
 def probe(

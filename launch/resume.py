@@ -13,6 +13,14 @@ from .engine.ddp import DdpEngine
 from .errors import UserError
 from .parts import Parts
 
+# Settings that decide which tensors there are: with another value, a checkpoint cannot be taken up at all.
+_SHAPES = (
+    "model.size", "model.width", "model.depth", "model.heads", "model.mlp_ratio", "model.patch_size", "model.channels",
+    "model.positions", "model.relative.terms", "model.relative.shared", "model.relative.method", "model.relative.mode",
+    "model.relative.ratio", "method.kind", "method.decoder", "method.predictor", "method.mask_token",
+    "method.adversary.mode", "method.adversary.per",
+)  # fmt: skip
+
 
 def open_run(run: Path, checkpoints: Checkpoints, fresh: bool, held: list[int]) -> tuple[Saved | None, list[str]]:
     """The checkpoint to go on from, and what is damaged; the folder's lock is added to `held`.
@@ -57,9 +65,11 @@ def check_same(config: Config, parts: Parts, saved: Saved, allow_change: bool) -
         changed.append(f"images to train: {saved.about['samples']} -> {len(parts.train)}")
     changed += _efficiency_that_matters(config, parts, saved)
     if changed and not allow_change:
+        fitting = not any(line.startswith(_SHAPES) for line in changed)
+        way = "set them back, choose another run.dir, or pass --allow-config-change"
         raise UserError(
-            f"The run in {config.run.dir} was started with other settings ({'; '.join(changed)}): set them back, "
-            "choose another run.dir, or pass --allow-config-change."
+            f"The run in {config.run.dir} was started with other settings ({'; '.join(changed)}): "
+            f"{way if fitting else 'set them back, or choose another run.dir'}."
         )
     notes = [f"changed    {line}" for line in changed]
     precision = str(parts.method.compute_dtype).removeprefix("torch.")
@@ -86,7 +96,9 @@ def restore(engine: DdpEngine, saved: Saved) -> None:
     """Take up the state of a checkpoint; UserError if it is of another model."""
     try:
         engine.load_state_dict(saved.load(engine.world.device)["engine"])
-    except (RuntimeError, ValueError, KeyError) as error:
+    except ValueError as error:
+        raise UserError(f"{saved.path} does not fit this recipe: {error}, or choose another run.dir.") from error
+    except (RuntimeError, KeyError) as error:
         lines = str(error).splitlines()
         raise UserError(
             f"{saved.path} does not fit this recipe ({_short(lines[min(1, len(lines) - 1)].strip())}); set model, "

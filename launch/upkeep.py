@@ -63,6 +63,7 @@ class Upkeep:
     def _note(self, number: int, _frame: object) -> None:
         """Remember the signal; a second one acts at once."""
         self.received = number
+        self.monitor.say("Stopping after this step, with a checkpoint; a second signal stops at once, without.")
         self.signals.raise_flag(_STOP)
         signal.signal(number, self._before[number])
 

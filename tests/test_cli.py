@@ -263,7 +263,7 @@ def test_a_refused_start_overwrites_nothing(pretrain, folder, tmp_path):
     pretrain(folder())
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     status, _, err = pretrain(folder(), "model.width=32")
-    assert status == 2 and "model.width: 24 -> 32" in err and "--allow-config-change" in err
+    assert status == 2 and "model.width: 24 -> 32" in err and "or choose another run.dir" in err
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
 

@@ -8,6 +8,7 @@ import elsewhere
 from elsewhere.launch.banner import cautions
 from elsewhere.launch.cli import main
 from elsewhere.launch.config import load_config
+from elsewhere.launch.errors import UserError
 
 ALONE = {"method.adversary.mode": "none", "method.adversary.norm": "none", "method.adversary.epsilon": None,
          "method.adversary.base_lr": 1.5e-4}  # fmt: skip
@@ -74,7 +75,7 @@ def test_a_mask_that_keeps_none_or_all(ratio, sentence, refused):
         (
             {"model.relative.lookup": "hard"},
             "method.adversary.mode=coordinate moves patches between buckets, which model.relative.lookup=hard cannot "
-            "read; set model.relative.lookup=interpolated.",
+            "read; set model.relative.lookup=interpolated, or method.adversary.mode=none or embedding.",
         ),
         (
             {**EMBEDDING, **ABSOLUTE, **UNBOUNDED},
@@ -106,11 +107,13 @@ def test_an_adversary_that_cannot_work(settings, sentence, refused):
     [
         (
             {**MAE, "method.stop.std": 0.1},
-            "method.stop.std belongs to method.kind=jepa, and this is mae; leave it out.",
+            "method.stop.std belongs to method.kind=jepa, and this is mae; leave it out, or start from a recipe of "
+            "mae.",
         ),
         (
             {**MAE, "model.relative.terms": "k"},
-            "model.relative.terms belongs to method.kind=mae_plus, and this is mae; leave it out.",
+            "model.relative.terms belongs to method.kind=mae_plus, and this is mae; set model.relative.terms=none as "
+            "well, or start from a recipe of mae.",
         ),
         (
             {"model.relative.mode": "bias", "model.relative.terms": "kv", **ALONE},
@@ -120,7 +123,8 @@ def test_an_adversary_that_cannot_work(settings, sentence, refused):
         (
             {"model.relative.method": "euclidean", **ALONE},
             "model.relative.lookup=interpolated reads between the buckets of a contextual product table; set "
-            "model.relative.method=product and mode=contextual, or lookup=hard.",
+            "model.relative.method=product and mode=contextual, or without a coordinate attack "
+            "lookup=hard.",
         ),
         (
             {"model.patch_size": 1},
@@ -146,10 +150,19 @@ def test_settings_that_do_not_go_together(settings, sentence, refused):
     [
         (
             "model.relative.terms=k",
-            "model.relative.terms belongs to method.kind=mae_plus, and this is jepa; leave it out.",
+            "model.relative.terms belongs to method.kind=mae_plus, and this is jepa; set model.relative.terms=none as "
+            "well, or start from a recipe of jepa.",
         ),
-        ("data.views=2", "data.views belongs to method.kind=mae or mae_plus, and this is jepa; leave it out."),
-        ("mask.ratio=0.5", "mask.ratio belongs to method.kind=mae or mae_plus, and this is jepa; leave it out."),
+        (
+            "data.views=2",
+            "data.views belongs to method.kind=mae or mae_plus, and this is jepa; leave it out, or start from a recipe "
+            "of jepa.",
+        ),
+        (
+            "mask.ratio=0.5",
+            "mask.ratio belongs to method.kind=mae or mae_plus, and this is jepa; leave it out, or start from a recipe "
+            "of jepa.",
+        ),
     ],
 )
 def test_what_jepa_does_not_use(override, sentence, capsys, tmp_path):
@@ -210,10 +223,13 @@ def test_a_run_goes_on_with_the_positions_and_adversary_it_started_with(settings
     elsewhere.pretrain("demo_adpe", **started)
     capsys.readouterr()
     status = main(["pretrain", "demo_adpe", *arguments({**started, **settings})])
+    # Other tensors cannot be taken up, so there the flag is not offered.
+    same = "model.relative.terms" not in settings and "method.adversary.mode" not in settings
+    way = "choose another run.dir, or pass --allow-config-change" if same else "or choose another run.dir"
     assert (status, capsys.readouterr().err) == (
         2,
         f"elsewhere: The run in {started['run.dir']} was started with other settings ({changes}): set them back, "
-        "choose another run.dir, or pass --allow-config-change.\n",
+        f"{way}.\n",
     )
 
 
@@ -297,3 +313,23 @@ def test_a_base_recipe_is_switched_off_by_name():
 
 def test_relative_terms_may_be_named_in_any_order():
     assert load_config("demo_adpe", ["model.relative.terms=vkq"]).model.relative.terms == "qkv"
+
+
+def test_the_method_is_changed_by_switching_off_what_it_has_not(capsys):
+    assert main(["show", "demo_adpe", "method.kind=mae", "method.adversary.mode=none"]) == 2
+    assert "set model.relative.terms=none as well" in capsys.readouterr().err
+    switched = ["method.kind=mae", "method.adversary.mode=none", "model.relative.terms=none"]
+    assert load_config("demo_adpe", switched).method.kind == "mae"
+
+
+@pytest.mark.parametrize("setting", ["method.adversary.where=queries", "method.adversary.per=bucket"])
+def test_what_a_coordinate_attack_does_not_use(setting):
+    with pytest.raises(UserError, match="says how an embedding attacks relative positions"):
+        load_config("demo_adpe", [setting])
+
+
+def test_a_warm_up_longer_than_the_run_is_said():
+    found = cautions(load_config("demo_adpe", ["optim.epochs=1"]))
+    assert found == [
+        "caution    optim.warmup_epochs=2 is longer than optim.epochs=1: the learning rate never reaches its peak"
+    ]

@@ -17,7 +17,7 @@ def choose_precision(wanted: str, device: torch.device) -> tuple[torch.dtype, st
             return torch.bfloat16, "this GPU computes bfloat16"
         return torch.float32, "no GPU with bfloat16" if device.type == "cuda" else "a CPU computes float32 fastest"
     if wanted == "float16" and device.type == "cpu":
-        return torch.float16, "as configured; float16 on a CPU works but is slow"
+        return torch.float16, "as configured; on a CPU it is slow, engine.precision=float32 is not"
     return DTYPES[wanted], "as configured"
 
 
