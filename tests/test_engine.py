@@ -126,7 +126,7 @@ def test_half_precision_trains_near_float32(precision, bound, tiny, losses, tmp_
 
 def test_float16_on_a_cpu_says_that_it_is_slow():
     assert choose_precision("float16", torch.device("cpu")) == (
-        torch.float16, "as configured; float16 on a CPU works but is slow"
+        torch.float16, "as configured; on a CPU it is slow, engine.precision=float32 is not"
     )  # fmt: skip
 
 
