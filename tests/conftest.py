@@ -127,6 +127,15 @@ def mae_schedules_of():
     return released_mae_schedules
 
 
+_QUIET = {
+    "data.path": "digits",
+    "loader.workers": 0,
+    "monitor.log_every": 1,
+    "monitor.tensorboard": False,
+    "probe.before": False,
+    "probe.after": False,
+}
+
 TINY = {
     "model.width": 24,
     "model.depth": 2,
@@ -142,12 +151,7 @@ TINY = {
     "optim.epochs": 1,
     "optim.warmup_epochs": 0.2,
     "optim.lr": 1e-3,
-    "data.path": "digits",
-    "loader.workers": 0,
-    "monitor.log_every": 1,
-    "monitor.tensorboard": False,
-    "probe.before": False,
-    "probe.after": False,
+    **_QUIET,
 }
 
 
@@ -167,13 +171,8 @@ _TINY_MAE = {
     "optim.batch_size": 16,
     "optim.epochs": 1,
     "optim.warmup_epochs": 0,
-    "data.path": "digits",
     "engine.device": "cpu",
-    "loader.workers": 0,
-    "monitor.log_every": 1,
-    "monitor.tensorboard": False,
-    "probe.before": False,
-    "probe.after": False,
+    **_QUIET,
 }
 
 
