@@ -42,6 +42,7 @@ setup(
         "scikit-learn>=1.5",
         "simplejpeg>=1.8",
         "tensorboard>=2.16",
+        "webdataset>=1.0",
     ],
     extras_require={
         "test": [
@@ -53,7 +54,6 @@ setup(
             "build>=1.2",
             "setuptools>=70.1",
             "tifffile>=2024.1",
-            "webdataset>=1.0",
         ],
         "tiff": ["tifffile>=2024.1"],
         "lint": ["ruff>=0.9", "pyright>=1.1.390"],

@@ -11,8 +11,10 @@ from PIL import Image, ImageEnhance, ImageFilter
 from torch import Tensor
 
 from .decode import luma
+from .streams import uniforms
 
 _TRIES = 10  # of RandomResizedCrop, as in torchvision
+_CROP, _LOOK = 2 * _TRIES + 2, 13  # random numbers of a view: of its place, and of how it looks
 _INTERPOLATIONS = ("bilinear", "bicubic")
 
 
@@ -118,7 +120,8 @@ class Augment:
     `size` is (height, width) in pixels, `crop_scale` a share of the image's area, `crop_aspect` width / height of
     the crop (whatever the size), `blur_radius` in pixels; `flip`, `blur`, `grayscale` are probabilities.
     `colour_jitter` is SimCLR's strength s: ranges 0.8s, 0.8s, 0.8s and 0.2s, with `colour_jitter_probability`.
-    `views` is how many an image gives, independent of one another (AdPE's multi-crop: 4 of 112 pixels).
+    `views` is how many an image gives, independent of one another (AdPE's multi-crop: 4 of 112 pixels). With
+    `on_device` everything after the crop is left to `device_augment.finish`, which does it for a whole batch.
     Raises ValueError for values out of range.
     """
 
@@ -133,6 +136,7 @@ class Augment:
     colour_jitter: float = 0.0
     colour_jitter_probability: float = 0.8
     views: int = 1
+    on_device: bool = False
 
     def __post_init__(self):
         _check_interpolation(self.interpolation)
@@ -152,30 +156,52 @@ class Augment:
         if self.views < 1:
             raise ValueError(f"data.views={self.views} leaves no crop of an image: choose 1 or more.")
 
-    def __call__(self, image: np.ndarray, rng: np.random.Generator) -> Tensor:
-        """uint8 `[H, W, C]` -> uint8 `[C, *size]`, or `[V, C, *size]` of several views.
+    def numbers(self, seed: int, epochs: np.ndarray, sample_ids: np.ndarray) -> np.ndarray:
+        """The random numbers of samples `[B]` in `epochs` `[B]`: `[B, V, 35]`, for each view its own.
 
-        Each view always takes the next 35 numbers from `rng`, so that more views leave the first ones as they were.
+        More views leave the numbers of the first ones as they were.
         """
+        count = _CROP + _LOOK
+        drawn = uniforms(seed, "augment", epochs, sample_ids, count * self.views)
+        return drawn.reshape(len(sample_ids), self.views, count)
+
+    def left_for_device(self, numbers: np.ndarray) -> Tensor | None:
+        """What `finish` needs of `numbers` `[B, V, 35]`: `[B, V, 13]`, or None where nothing is left to do."""
+        return torch.from_numpy(numbers[..., _CROP:].copy()) if self.on_device and self._changes_looks else None
+
+    @property
+    def _changes_looks(self) -> bool:
+        return any((self.flip, self.colour_jitter * self.colour_jitter_probability, self.grayscale, self.blur))
+
+    def __call__(self, image: np.ndarray, numbers: np.ndarray) -> Tensor:
+        """uint8 `[H, W, C]` and its `numbers` `[V, 35]` -> uint8 `[C, *size]`, or `[V, C, *size]` of several views."""
         # All numbers are drawn whether used or not, so that switching one augmentation leaves the others alone.
-        views = [self._view(image, u) for u in rng.random((self.views, 35))]
+        views = [self._view(image, u) for u in numbers]
         return views[0] if self.views == 1 else torch.stack(views)
 
     def _view(self, image: np.ndarray, u: np.ndarray) -> Tensor:
         """One view `[C, *size]` from its 35 uniform numbers."""
-        crop, flip, jitter, factors, order = u[:22], u[22], u[23], u[24:28], u[28:32]
-        grey, blurred, radius = u[32:]
         height, width = image.shape[:2]
-        top, left, h, w = crop_box(height, width, self.crop_scale, self.crop_aspect, crop)
+        top, left, h, w = crop_box(height, width, self.crop_scale, self.crop_aspect, u[:_CROP])
         view = resize(image[top : top + h, left : left + w], _height_width(self.size), self.interpolation)
+        return view if self.on_device else self._look(view, u[_CROP:])
+
+    @property
+    def jitter_bounds(self) -> list[tuple[float, float]]:
+        """Least and greatest brightness, contrast, saturation and hue, as `colour_jitter` takes them."""
+        colour, hue = self.colour_jitter * 0.8, self.colour_jitter * 0.2
+        return [(max(0.0, 1.0 - colour), 1.0 + colour)] * 3 + [(-hue, hue)]
+
+    def _look(self, view: Tensor, u: np.ndarray) -> Tensor:
+        """The view flipped, jittered, greyed, blurred by its 13 numbers: flip 1, jitter 1 + 4 + 4, grey 1, blur 2."""
+        flip, jitter, factors, order = u[0], u[1], u[2:6], u[6:10]
+        grey, blurred, radius = u[10:]
         channels = view.shape[0]
         if flip < self.flip:
             view = view.flip(2)
         if self.colour_jitter and jitter < self.colour_jitter_probability:
-            neutral = np.array([1.0, 1.0, 1.0, 0.0])
-            reach = self.colour_jitter * np.array([0.8, 0.8, 0.8, 0.2])
-            low = np.maximum(neutral - reach, [0.0, 0.0, 0.0, -0.5])
-            view = _planes(colour_jitter(_pixels(view), low + (neutral + reach - low) * factors, np.argsort(order)))
+            low, high = np.array(self.jitter_bounds).T
+            view = _planes(colour_jitter(_pixels(view), low + (high - low) * factors, np.argsort(order)))
         if grey < self.grayscale:
             view = grayscale(view)
         if blurred < self.blur:

@@ -23,6 +23,7 @@ class Batch:
     context: Tensor | None = None  # [E, B, Nc] int64, ascending per row
     targets: Tensor | None = None  # [T, B, Nt] int64
     visible: Tensor | None = None  # [B, V, K] int64, patches that a masked autoencoder's encoder sees, ascending
+    look: Tensor | None = None  # [B, V, 13] float64, numbers of an augmentation that the device still has to do
     redraws: int = 0  # times that a sample of this batch redrew its target blocks
     skipped: list[str] = field(default_factory=list)  # one line per unreadable image that was replaced
 
@@ -41,3 +42,7 @@ class Batch:
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory; torch's DataLoader calls this by name."""
         return self._map(lambda tensor: tensor.pin_memory())
+
+    def used_on(self, stream: torch.cuda.Stream) -> None:
+        """Tell the allocator that `stream` reads the tensors, which another stream made."""
+        self._map(lambda tensor: tensor.record_stream(stream))

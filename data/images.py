@@ -1,12 +1,8 @@
-"""Where images come from: folders, torchvision sets, the built-in digits, or any torch data set, as one `Source`."""
+"""Where images come from: folders, the built-in digits, or any torch data set, as one `Source`."""
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import os
-import re
-from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,8 +16,6 @@ from .streams import generator
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".npy")
 _TRAIN_FOLDERS = ("train", "training")
 _VAL_FOLDERS = ("val", "valid", "validation", "test")
-_SPLIT_NAMES = {"train": ("train", "trainval", "train-standard"), "val": ("val", "valid", "validation", "test")}
-_MOST_HELD_OUT = 10_000
 
 
 class DataError(ValueError):
@@ -60,8 +54,9 @@ class Source(Protocol):
         ...
 
 
-def _check_split(split: str) -> None:
-    if split not in _SPLIT_NAMES:
+def check_split(split: str) -> None:
+    """Raise `DataError` for a split that is neither train nor val."""
+    if split not in ("train", "val"):
         raise DataError(f"split={split!r} is unknown: choose train or val.")
 
 
@@ -74,7 +69,7 @@ class Digits:
     channels = 1
 
     def __init__(self, split: str = "train"):
-        _check_split(split)
+        check_split(split)
         try:
             from sklearn.datasets import load_digits
         except ImportError:
@@ -158,7 +153,7 @@ class ImageFolder:
     """
 
     def __init__(self, root: str, split: str = "train", channels: int | None = 3):
-        _check_split(split)
+        check_split(split)
         self.root = os.path.expanduser(root)
         self.channels = channels
         self.classes: list[str] | None = None
@@ -342,151 +337,3 @@ class TorchDataset:
 
     def name(self, i: int) -> str:
         return f"{self._name}[{i}]"
-
-
-class Channels:
-    """Another source with `channels` channels: grey repeated to RGB, RGB to luma.
-
-    Raises `DataError` for other changes.
-    """
-
-    def __init__(self, source: Source, channels: int):
-        if source.channels != channels and (source.channels, channels) not in ((1, 3), (3, 1)):
-            raise DataError(
-                f"The images have {source.channels} channel(s), but the recipe expects {channels}: "
-                f"set model.channels={source.channels}."
-            )
-        self._source = source
-        self.channels = channels
-        self.classes: list[str] | None = source.classes
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def read(self, i: int) -> np.ndarray:
-        return to_channels(self._source.read(i), self.channels, self._source.name(i))
-
-    def label(self, i: int) -> int:
-        return self._source.label(i)
-
-    def name(self, i: int) -> str:
-        return self._source.name(i)
-
-
-class Subset:
-    """The images `indices` of another source, in that order."""
-
-    def __init__(self, source: Source, indices: Sequence[int] | np.ndarray):
-        self._source = source
-        self._indices = np.asarray(indices, dtype=np.int64)
-        self.channels: int | None = source.channels
-        self.classes: list[str] | None = source.classes
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def read(self, i: int) -> np.ndarray:
-        return self._source.read(int(self._indices[i]))
-
-    def label(self, i: int) -> int:
-        return self._source.label(int(self._indices[i]))
-
-    def name(self, i: int) -> str:
-        return self._source.name(int(self._indices[i]))
-
-
-def held_out(n: int, holdout: float) -> np.ndarray:
-    """The ascending indices, of `n`, that validation takes from a data set without a split of its own.
-
-    `holdout` is a share, 0 for none; not more than 10,000 are taken, and at least 1 where the share is not 0.
-    Raises `DataError` for a share outside 0 … 0.9 or for a single image.
-    """
-    if not 0 <= holdout <= 0.9:
-        raise DataError(f"data.holdout={holdout} is a share of the images: choose 0 … 0.9.")
-    if not holdout:
-        return np.empty(0, dtype=np.int64)
-    if n < 2:
-        raise DataError(f"{n} image(s) cannot be split into train and val: add images, or set data.holdout=0.")
-    count = min(_MOST_HELD_OUT, max(1, round(n * holdout)))
-    return np.sort(generator(0, "held out", 0).permutation(n)[:count])
-
-
-def _split_off(source: Source, split: str, holdout: float) -> Source:
-    # Without labels nothing can be measured on held-out images, so none are kept from training.
-    indices = held_out(len(source), holdout if source.label(0) != -1 else 0.0)
-    if split == "val":
-        if not len(indices):
-            raise NoHeldOutImages(
-                "There is no val split, and data.holdout=0 or no labels: add one, or hold out a share of train."
-            )
-        return Subset(source, indices)
-    return Subset(source, np.setdiff1d(np.arange(len(source)), indices, assume_unique=True)) if len(indices) else source
-
-
-def _open_torchvision(kind: str, folder: str, split: str, channels: int | None, holdout: float) -> Source:
-    try:
-        from torchvision import datasets
-    except (ImportError, RuntimeError) as error:
-        raise DataError(
-            f"data.path={kind}:{folder} needs torchvision (`pip install torchvision`): {' '.join(str(error).split())}"
-        ) from None
-    kinds = {name.lower(): name for name in datasets.__all__ if inspect.isclass(getattr(datasets, name))}
-    if kind not in kinds:
-        near = difflib.get_close_matches(kind, kinds, n=1)
-        advice = f"did you mean {near[0]}:{folder}?" if near else "give a folder, `digits`, or `<torchvision set>:DIR`."
-        raise DataError(f"data.path={kind}:{folder} names no torchvision set: {advice}")
-    cls = getattr(datasets, kinds[kind])
-    accepted = inspect.signature(cls.__init__).parameters
-    fixed: dict[str, Any] = {"download": False} if "download" in accepted else {}
-    own_split = "train" in accepted or "split" in accepted
-    if "train" in accepted:
-        choices: list[dict[str, Any]] = [{"train": split == "train"}]
-    else:
-        choices = [{"split": name} for name in _SPLIT_NAMES[split]] if own_split else [{}]
-    folder = os.path.expanduser(folder)
-    for choice in choices:
-        try:
-            dataset = cls(folder, **choice, **fixed)
-        except TypeError as error:
-            raise DataError(
-                f"torchvision's {kinds[kind]} needs more arguments ({error}): open it in Python and pass it as data."
-            ) from None
-        except ValueError as error:
-            if "Unknown value" in str(error) and choice is not choices[-1]:
-                continue
-            raise DataError(f"{kind}:{folder} cannot be opened: {' '.join(str(error).split())}") from None
-        except (RuntimeError, OSError):
-            name = kinds[kind]
-            get = f"python -c \"from torchvision.datasets import {name}; {name}('{folder}', download=True)\""
-            if "download" not in accepted:
-                get = "see torchvision's documentation of it"
-            raise DataError(
-                f"{folder} does not hold {name} ({split}) as torchvision stores it; get it with: {get}"
-            ) from None
-        source: Source = TorchDataset(dataset, channels, kind)
-        return source if own_split else _split_off(source, split, holdout)
-    raise AssertionError("the last choice returns or raises")
-
-
-def open_source(path: str, split: str, channels: int | None, holdout: float = 0.1) -> Source:
-    """The source that `data.path` names: `digits`, `<torchvision set>:DIR`, shards, or a folder of images.
-
-    `split` is train or val. Where there is no val split, the share `holdout` of train (not more than 10,000 images,
-    always the same ones) is val and train goes without. Images have `channels` channels (None: their own). Raises
-    `DataError`, and its kind `NoHeldOutImages` where there is no val split and `holdout` is 0.
-    """
-    _check_split(split)
-    if path == "digits":
-        return Channels(Digits(split), channels) if channels else Digits(split)
-    prefixed = re.fullmatch(r"([A-Za-z0-9_]+):(.*)", path)
-    if prefixed and not os.path.exists(path):
-        return _open_torchvision(prefixed[1].lower(), prefixed[2], split, channels, holdout)
-    from .shards import Shards, has_val, names_shards  # which is made of what stands here
-
-    if names_shards(path):
-        if has_val(path):
-            return Shards(path, split, channels)
-        return _split_off(Shards(path, None, channels), split, holdout)
-    if ImageFolder.validation_folder(path):
-        return ImageFolder(path, split, channels)
-    return _split_off(ImageFolder(path, "train", channels), split, holdout)

@@ -6,13 +6,13 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from .images import DataError
-from .shard_examine import Finding, ShardReport, examine
+from .shard_examine import INDEXES, Finding, ShardReport, examine
 from .shards import UNFINISHED, ShardPath, find_shards, is_shard_folder, read_manifest, shard_splits, tars_in
 
 Progress = Callable[[int, int], None]
@@ -27,6 +27,11 @@ class ShardSet:
     manifest: dict[str, Any] | None
     complete: bool  # all of the folder's
     findings: list[Finding]
+    within: str = ""  # the folder, from the one that was given: train and val have shards of the same names
+
+    def named(self, name: str) -> str:
+        """A tar's `name` as findings tell it."""
+        return os.path.join(self.within, name)
 
     def expected(self, path: str) -> int | None:
         """The crc32 of a tar by the manifest."""
@@ -42,16 +47,19 @@ def shard_sets(path: ShardPath) -> list[ShardSet]:
         folder = os.path.expanduser(os.fspath(path))
         splits = shard_splits(folder)
         if splits:
-            return [one for split in splits for one in shard_sets(os.path.join(folder, split))]
+            return [_folder_set(os.path.join(folder, split), split) for split in splits]
         if os.path.isdir(folder):
             if not is_shard_folder(folder):
                 raise DataError(f"{folder} holds no shards: give a folder that `elsewhere shards write` made.")
             return [_folder_set(folder)]
     tars = find_shards(path)
-    return [
-        ShardSet(folder, [tar for tar in tars if os.path.dirname(tar) == folder], *_manifest(folder), False, [])
-        for folder in dict.fromkeys(map(os.path.dirname, tars))
-    ]
+    folders = list(dict.fromkeys(map(os.path.dirname, tars)))
+    sets = []
+    for folder in folders:
+        within = folder if len(folders) > 1 else ""
+        here = [tar for tar in tars if os.path.dirname(tar) == folder]
+        sets.append(ShardSet(folder, here, *_manifest(folder), False, [], within))
+    return sets
 
 
 def _manifest(folder: str) -> tuple[dict[str, Any] | None]:
@@ -61,9 +69,9 @@ def _manifest(folder: str) -> tuple[dict[str, Any] | None]:
         return (None,)
 
 
-def _folder_set(folder: str) -> ShardSet:
+def _folder_set(folder: str, within: str = "") -> ShardSet:
     findings, paths = [], tars_in(folder)
-    here = os.path.basename(os.path.abspath(folder))
+    here = within or os.path.basename(os.path.abspath(folder))
     try:
         manifest = read_manifest(folder)
     except DataError as error:
@@ -75,9 +83,10 @@ def _folder_set(folder: str) -> ShardSet:
     if manifest:
         listed = [os.path.join(folder, entry["name"]) for entry in manifest["shards"]]
         for path in sorted(set(paths) - set(listed)):
-            findings.append(Finding("manifest", os.path.basename(path), None, None, "the manifest does not list it"))
+            name = os.path.join(within, os.path.basename(path))
+            findings.append(Finding("manifest", name, None, None, "the manifest does not list it"))
         paths = listed + sorted(set(paths) - set(listed))
-    return ShardSet(folder, paths, manifest, True, findings)
+    return ShardSet(folder, paths, manifest, True, findings, within)
 
 
 @dataclass
@@ -89,6 +98,7 @@ class Report:
     samples: int
     bytes: int
     findings: list[Finding]
+    mended_in_place: bool = False  # whether an index or a manifest is among them that `repair` makes anew
 
     @property
     def severity(self) -> int:
@@ -110,6 +120,7 @@ def examine_all(
     with ThreadPoolExecutor(max(1, threads)) as pool:
         done = pool.map(lambda p: examine(p, shards.expected(p), deep=deep, labelled=labelled), shards.paths)
         for number, report in enumerate(done, 1):
+            report.findings = [replace(finding, shard=shards.named(finding.shard)) for finding in report.findings]
             if progress:
                 progress(number, len(shards.paths))
             yield report
@@ -128,7 +139,7 @@ def _check_manifest(shards: ShardSet, report: ShardReport) -> Iterator[Finding]:
             for key, value in (("samples", len(report.images)), ("bytes", report.bytes)):
                 if entry.get(key) != value:
                     detail = f"the manifest says {entry.get(key)} {key}, but there are {value}"
-                    yield Finding("manifest", report.name, None, None, detail)
+                    yield Finding("manifest", shards.named(report.name), None, None, detail)
 
 
 def verify(path: ShardPath, *, deep: bool = False, threads: int = 1, progress: Progress | None = None) -> Report:
@@ -138,15 +149,19 @@ def verify(path: ShardPath, *, deep: bool = False, threads: int = 1, progress: P
     """
     total = Report(str(path), 0, 0, 0, [])
     for shards in shard_sets(path):
-        total.findings += shards.findings
+        findings = [*shards.findings]
         hashes: list[np.ndarray] = []
         for report in examine_all(shards, deep=deep, threads=threads, progress=progress):
             total.shards += 1
             total.samples += len(report.images)
             total.bytes += report.bytes
-            total.findings += [*report.findings, *_check_manifest(shards, report)]
+            findings += [*report.findings, *_check_manifest(shards, report)]
             hashes.append(_key_hashes(report))
-        total.findings += _across(shards, hashes)
+        findings += _across(shards, hashes)
+        total.findings += findings
+        # The manifest of a folder of which a pattern names a part is left as it is.
+        remade = INDEXES | {"manifest"} if shards.complete else INDEXES
+        total.mended_in_place |= any(finding.kind in remade for finding in findings)
     return total
 
 
@@ -165,5 +180,6 @@ def _across(shards: ShardSet, hashes: list[np.ndarray]) -> Iterator[Finding]:
             for found, value in zip(report.images, _key_hashes(report).tolist(), strict=True):
                 if value in wanted & seen:
                     detail = "a sample of an earlier shard has the same"
-                    yield Finding("duplicate key", report.name, found.group.key, found.image.data, detail)
+                    place = shards.named(report.name), found.group.key, found.image.data
+                    yield Finding("duplicate key", *place, detail)
         seen |= wanted

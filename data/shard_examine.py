@@ -12,10 +12,9 @@ from .decode import UnreadableImage, decode
 from .shard_tar import Damage, Group, Member, groups, key_of
 from .shards import KINDS, IndexProblem, ShardIndex, index_path
 
+INDEXES = {"missing index", "damaged index", "stale index"}
 # Warnings are what `repair` mends without losing an image, or what training goes on without.
-WARNINGS = {
-    "missing label", "duplicate key", "missing index", "damaged index", "stale index", "manifest", "unfinished"
-}  # fmt: skip
+WARNINGS = INDEXES | {"missing label", "duplicate key", "manifest", "unfinished"}
 DAMAGE = {
     "truncated", "bad header", "wrong checksum", "empty image", "undecodable image", "missing image", "missing shard",
     "unreadable shard",
@@ -29,7 +28,7 @@ class Finding:
     """One thing that is wrong: `kind` is of WARNINGS or DAMAGE, `offset` in bytes; key and offset where there are."""
 
     kind: str
-    shard: str
+    shard: str  # its name; of several folders, its path from the one that was given
     key: str | None
     offset: int | None
     detail: str
@@ -119,7 +118,7 @@ def _image(descriptor: int, group: Group, deep: bool) -> Found | None:
         return None
     member = group.members[suffix]
     data = os.pread(descriptor, member.size, member.data)
-    bad = None if member.size else "empty image"
+    bad = None if member.size else "empty image: it has 0 bytes"
     if deep and not bad:
         try:
             decode(data, None)
@@ -240,9 +239,12 @@ def _compare(report: ShardReport, index: ShardIndex) -> None:
         crc32, label = rows.get(found.image.data, (found.crc32, found.label))
         if crc32 != found.crc32:
             named = True
+            if found.bad:  # one finding for one image, and this one tells more
+                report.images[i] = replace(found, bad=f"{found.bad}; its checksum is not the index's either")
+                continue
             detail = f"the image's is {found.crc32:08x}, the index's {crc32:08x}"
             report.add("wrong checksum", found.group.key, found.image.data, detail)
-            report.images[i] = replace(found, bad=found.bad or "wrong checksum")
+            report.images[i] = replace(found, bad="wrong checksum")
         elif label != found.label and "cls" in found.group.members:
             named = True
             place = found.group.members["cls"].data
@@ -256,8 +258,8 @@ def _judge_samples(report: ShardReport, labelled: bool) -> None:
     for found in report.images:
         key, place = found.group.key, found.image.data
         if found.bad and found.bad != "wrong checksum":
-            kind, _, reason = found.bad.partition(": ")
-            report.add(kind, key, place, reason or "it has 0 bytes")
+            kind, _, detail = found.bad.partition(": ")
+            report.add(kind, key, place, detail)
         if labelled and found.label == -1:
             report.add("missing label", key, place, ".cls is missing or no number")
         if key in keys:

@@ -103,8 +103,11 @@ def _sample(descriptor: int, saved: _Saved, key: str) -> Sample:
     return Sample(pack(key, members), 512, kind, len(data), crc32, saved.label, channels)
 
 
-def _copy_readable(report: ShardReport, folder: str, lost: list[Finding]) -> dict[str, Any] | None:
-    """Write what is readable of a damaged shard under its name to `folder`; what the manifest says of it, if any."""
+def _copy_readable(report: ShardReport, named: str, folder: str, lost: list[Finding]) -> dict[str, Any] | None:
+    """Write what is readable of a damaged shard under its name to `folder`; what the manifest says of it, if any.
+
+    `named` is what findings call the shard.
+    """
     try:
         descriptor = os.open(report.path, os.O_RDONLY)
     except OSError:
@@ -123,7 +126,7 @@ def _copy_readable(report: ShardReport, folder: str, lost: list[Finding]) -> dic
                 sample = _sample(descriptor, saved, key)
             except (UnreadableImage, OSError) as error:
                 reason = error.reason if isinstance(error, UnreadableImage) else str(error.strerror)
-                lost.append(Finding("missing image", report.name, saved.key, saved.image.data, reason))
+                lost.append(Finding("missing image", named, saved.key, saved.image.data, reason))
                 gone[saved.key] = lost[-1]
                 continue
             keys.add(key)
@@ -201,7 +204,7 @@ def _mend(
             damaged = True
             if aside is None:
                 done.left += [finding for finding in report.findings if finding.severity == 2]
-            elif entry := _copy_readable(report, aside, done.lost):
+            elif entry := _copy_readable(report, shards.named(report.name), aside, done.lost):
                 entries.append(entry)
             continue
         remade = bool(kinds & {"missing index", "damaged index", "stale index"})

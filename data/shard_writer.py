@@ -18,7 +18,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .images import DataError, Source, open_source
+from .images import DataError, Source
 from .shard_samples import Encoding, Sample, Task, Unreadable, encode_task, encode_tasks, start_process
 from .shards import (
     FORMAT,
@@ -34,6 +34,7 @@ from .shards import (
     sync_folder,
     write_file,
 )
+from .sources import open_source
 from .streams import generator
 
 _CHUNK = 8  # images that a writer process takes at once

@@ -182,7 +182,7 @@ def names_shards(path: ShardPath) -> bool:
     return path.endswith(".tar") or is_shard_folder(path) or bool(shard_splits(path))
 
 
-def _braces(pattern: str) -> list[str]:
+def braces(pattern: str) -> list[str]:
     """`a{00..02}b{x,y}` -> every name it stands for, in order."""
     found = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
     if not found:
@@ -191,7 +191,7 @@ def _braces(pattern: str) -> list[str]:
         inner = found[3].split(",")
     else:
         inner = [str(i).zfill(len(found[1])) for i in range(int(found[1]), int(found[2]) + 1)]
-    return [pattern[: found.start()] + text + rest for text in inner for rest in _braces(pattern[found.end() :])]
+    return [pattern[: found.start()] + text + rest for text in inner for rest in braces(pattern[found.end() :])]
 
 
 def _in_folder(folder: str, split: str | None) -> list[str]:
@@ -221,7 +221,7 @@ def find_shards(path: ShardPath, split: str | None = None) -> list[str]:
     if os.path.exists(path):
         return [path]
     found = []
-    for name in _braces(path):
+    for name in braces(path):
         tars = [name] if os.path.exists(name) else sorted(glob.glob(name))
         if not tars:
             raise DataError(f"{name} does not exist: give a folder of shards, or a pattern as shard-{{000000..7}}.tar.")

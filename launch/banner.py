@@ -72,8 +72,9 @@ def banner(console: Console, config: Config, world: World, parts: Parts, start: 
         "hardware": f"{hardware(world)}, torch {torch.__version__}",
         "precision": f"{dtype} ({parts.precision_reason}); parameters{teacher} float32",
         "model": f"{_trained(config, method)}, {rows}×{columns} patches, {parts.gflops_per_image:.3g} GFLOP an image",
-        "data": f"{len(parts.train):,} images to train{views}, {held_out}, {parts.workers} workers",
-        "batch": f"{batch} = {world.size} ranks × {parts.micro_batch}{micro}; "
+        "data": f"{len(parts.train):,} images ({parts.images}) to train{views}, {held_out}, "
+        f"{parts.workers} worker{'s' * (parts.workers != 1)}",
+        "batch": f"{batch} = {world.size} rank{'s' * (world.size != 1)} × {parts.micro_batch}{micro}; "
         f"{parts.steps_per_epoch:.7g} steps an epoch, {parts.steps} in all",
         "start": start,
     }

@@ -140,14 +140,14 @@ def build_masks(config: Config, grid: tuple[int, int]):
         return block_masks(section.pop("setting"), grid=grid, **section)
 
 
-def build_augment(config: Config) -> Augment:
-    """The training augmentation of the configuration."""
+def build_augment(config: Config, on_device: bool = False) -> Augment:
+    """The training augmentation of the configuration, with flip, jitter, grey and blur in batches if `on_device`."""
     data = config.data
     with user_errors():
         return Augment(
             size=config.model.image_size, crop_scale=data.crop_scale, crop_aspect=data.crop_aspect,
             interpolation=data.interpolation, flip=data.flip, blur=data.blur, grayscale=data.grayscale,
-            colour_jitter=data.colour_jitter, views=data.views,
+            colour_jitter=data.colour_jitter, views=data.views, on_device=on_device,
         )  # fmt: skip
 
 

@@ -57,7 +57,8 @@ def _parser() -> argparse.ArgumentParser:
     text = "The forms of relative attention, forward and backward, interleaved in one run."
     bench.add_parser("kernels", help=text, description=text)
     text = (
-        "Reading, decoding and cropping a folder of images, from files and from shards, against ImageFolder + Pillow."
+        "Reading, decoding and cropping a folder of images by each reader (files, shards, webdataset, FFCV where it is "
+        "installed), against ImageFolder + Pillow."
     )
     bench.add_parser("data", help=text, description=text).add_argument("folder", help="a folder of classes of images")
     text = "Whole training steps of recipes and their variants, interleaved in one run, on random images."

@@ -7,6 +7,7 @@ not (`engine`, `loader`, `checkpoint`, `monitor`, `probe`, `run`).
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -21,7 +22,8 @@ from .errors import UserError
 
 RECIPES = Path(__file__).resolve().parent.parent / "configs"
 RESULT_SECTIONS = ("seed", "model", "method", "mask", "data", "optim", "init")
-MAY_MOVE = ("data.path", "data.val_path", "data.on_error", "data.max_corrupt")  # another machine, the same pictures
+# Another machine, the same pictures.
+MAY_MOVE = ("data.path", "data.val_path", "data.source", "data.on_error", "data.max_corrupt")
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -146,9 +148,20 @@ class Mask(Section):
     context_keep: Count | None = None  # recommended; 54 of 196 patches by default
 
 
+class WeightedPath(Section):
+    """One of several places of images, and its share of the samples."""
+
+    path: str
+    weight: Positive = 1.0
+
+
 class Data(Section):
-    path: str | None = None
-    val_path: str | None = None
+    path: str | list[str | WeightedPath] | None = None
+    val_path: str | list[str] | None = None
+    source: Literal["auto", "images", "shards", "webdataset", "ffcv"] = "auto"
+    samples: Count | None = None  # webdataset: of an epoch, where the shards have no manifest
+    streams: Count | None = None  # webdataset: sequences of shards that are read side by side
+    shuffle_buffer: Count = 1000  # webdataset: images of a shard that are shuffled
     holdout: Fraction = 0.1
     on_error: Literal["stop", "skip"] = "stop"
     max_corrupt: Annotated[int, Field(ge=0)] | None = None  # with skip: images of an epoch that may be unreadable
@@ -163,6 +176,14 @@ class Data(Section):
     blur: Fraction = 0.5
     grayscale: Fraction = 0.2
     colour_jitter: Annotated[float, Field(ge=0)] = 0.0
+
+    def places(self) -> tuple[list[str], list[float] | None]:
+        """The paths, and their weights where some has one."""
+        given = [] if self.path is None else [self.path] if isinstance(self.path, str) else self.path
+        paths = [one if isinstance(one, str) else one.path for one in given]
+        if all(isinstance(one, str) for one in given):
+            return paths, None
+        return paths, [1.0 if isinstance(one, str) else one.weight for one in given]
 
 
 class FreezeSection(Section):
@@ -225,6 +246,7 @@ class LoaderSection(Section):
     workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     micro_batch: Count | None = None  # images per forward on one rank; None: the rank's whole share
     prefetch: Count = 2
+    augment: Literal["auto", "device", "workers"] = "auto"  # where flip, jitter, grey and blur are done: auto on a GPU
 
 
 class Checkpoint(Section):
@@ -389,10 +411,12 @@ def _explain(error: ValidationError) -> str:
     names = set(setting_names())
     complaints: dict[str, list] = {}
     # An unknown name first, because a setting that is missing is often the one it was meant for.
-    for complaint in sorted(error.errors(), key=lambda c: c["type"] != "extra_forbidden"):
-        path = [str(part) for part in complaint["loc"]]
-        if complaint["type"] != "extra_forbidden":  # a choice of types adds their names
-            while len(path) > 1 and ".".join(path) not in names and not path[-1].isdigit():
+    # Then the deepest: of a choice of types, the one that was meant fits furthest.
+    for complaint in sorted(error.errors(), key=lambda c: (c["type"] != "extra_forbidden", -len(c["loc"]))):
+        # A choice of types adds their names.
+        path = [str(part) for part in complaint["loc"] if not re.search(r"\[|^str$|^WeightedPath$", str(part))]
+        if complaint["type"] != "extra_forbidden":
+            while len(path) > 1 and ".".join(path) not in names and not any(map(str.isdigit, path)):
                 path.pop()
         complaints.setdefault(".".join(path), []).append(complaint)
     where, same = next(iter(complaints.items()))
@@ -446,7 +470,9 @@ def result_settings(config: Config) -> dict[str, Any]:
     """The settings that change a run's result, flat and by dotted name."""
     values = config.to_dict()
     flat = dict(_flatten({section: values[section] for section in RESULT_SECTIONS}))
-    return {key: value for key, value in flat.items() if key not in MAY_MOVE}
+    # Where images are may change, but not how often each place is drawn from.
+    kept = {key: value for key, value in flat.items() if key not in MAY_MOVE}
+    return kept | {"weights in data.path": config.data.places()[1]}
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -35,7 +35,6 @@ def train(
             batch = next(batches)
             wait += time.perf_counter() - asked
             assert batch.step == step, "the loader and the loop count the same steps"
-            batch = batch.to(device)
             loss, values = engine.forward_backward(batch, micro)
             total += loss / engine.accumulation
             scalars = {name: scalars.get(name, 0.0) + value / engine.accumulation for name, value in values.items()}

@@ -9,9 +9,13 @@ from typing import Any
 import numpy as np
 
 from ..data.augment import Augment
-from ..data.images import DataError, NoHeldOutImages, Source, TorchDataset, open_source
-from ..data.loader import check_batch_sizes, epoch_length
+from ..data.ffcv import Beton
+from ..data.images import DataError, Digits, ImageFolder, NoHeldOutImages, Source, TorchDataset
 from ..data.masks import Masks
+from ..data.order import Mixture, Order, Permutations, check_batch_sizes, epoch_length
+from ..data.shards import Shards
+from ..data.sources import Channels, Joined, Subset, open_source
+from ..data.webdataset import Stream, is_remote
 from ..models.jepa import Jepa
 from ..models.mae import Mae
 from ..models.method import Method
@@ -28,8 +32,10 @@ class Parts:
     """Method, sources, masks, augmentation and schedules of a run, and how its batch divides."""
 
     method: Method
-    train: Source
+    reader: str  # index, webdataset or ffcv
+    train: Source | Stream
     val: Source | None
+    order: Order | None  # of train; a stream has its own
     masks: Any
     augment: Augment
     schedules: Schedules
@@ -39,6 +45,7 @@ class Parts:
     steps_per_epoch: float
     steps: int
     workers: int
+    images: str  # what holds them, and so decides which of them has which number
     precision_reason: str
     gflops_per_image: float
 
@@ -46,8 +53,11 @@ class Parts:
 def assemble(config: Config, world: World, dataset: Any = None, val_dataset: Any = None) -> Parts:
     """Build the parts; raises UserError or DataError for everything in the configuration that cannot work."""
     method = build_method(config)
-    masks, augment = build_masks(config, method.encoder.grid), build_augment(config)
-    train, val = _sources(config, dataset, val_dataset)
+    masks = build_masks(config, method.encoder.grid)
+    train, val, reader = _sources(config, dataset, val_dataset)
+    where = config.loader.augment
+    # The same pixels either way; on a CPU Pillow is faster, and FFCV's loader cannot do it.
+    on_device = where == "device" or (where == "auto" and (world.device.type == "cuda" or reader == "ffcv"))
     batch = config.optim.batch_size
     micro = config.loader.micro_batch or max(1, batch // world.size)  # by default the rank's whole share
     check_batch_sizes(len(train), batch, micro, world.size)
@@ -57,12 +67,27 @@ def assemble(config: Config, world: World, dataset: Any = None, val_dataset: Any
     schedules = build_schedules(config, per_epoch, accumulation)
     first = masks(config.seed, 0, 0, np.arange(min(64, len(train))))
     return Parts(
-        method=method, train=train, val=val, masks=masks, augment=augment,
+        method=method, reader=reader, train=train, val=val, order=_order(config, train, length),
+        masks=masks, augment=build_augment(config, on_device),
         schedules=schedules, adversary_schedules=adversary_schedules(config, schedules),
         micro_batch=micro, accumulation=accumulation,
-        steps_per_epoch=per_epoch, steps=length * config.optim.epochs // batch, workers=_workers(config, world),
+        steps_per_epoch=per_epoch, steps=length * config.optim.epochs // batch,
+        workers=_workers(config, world, train), images=_kind(train),
         precision_reason=reason, gflops_per_image=_flops(method, first) / 1e9,
     )  # fmt: skip
+
+
+_KINDS = {
+    ImageFolder: "files", Shards: "shards", Beton: ".beton", Stream: "streamed shards", Joined: "several places",
+    Digits: "digits",
+}  # fmt: skip
+
+
+def _kind(train: Source | Stream) -> str:
+    """In a word, what holds the images."""
+    while isinstance(train, (Subset, Channels)):
+        train = train.source
+    return _KINDS.get(type(train), "data set")
 
 
 def _flops(method: Method, masks: Masks) -> float:
@@ -75,24 +100,61 @@ def _flops(method: Method, masks: Masks) -> float:
     return method.flops_per_image(*masks.visible.shape[1:])
 
 
-def _sources(config: Config, dataset: Any, val_dataset: Any) -> tuple[Source, Source | None]:
+def _sources(config: Config, dataset: Any, val_dataset: Any) -> tuple[Source | Stream, Source | None, str]:
+    """What to train on, what is held out, and by which reader."""
     channels, data = config.model.channels, config.data
     if dataset is not None:
-        return TorchDataset(dataset, channels), TorchDataset(val_dataset, channels) if val_dataset is not None else None
-    if data.path is None:
+        val = TorchDataset(val_dataset, channels) if val_dataset is not None else None
+        return TorchDataset(dataset, channels), val, "index"
+    paths, weights = data.places()
+    if not paths:
         raise UserError("Say where the images are: data.path=FOLDER, data.path=cifar10:FOLDER, or data.path=digits.")
-    train = open_source(data.path, "train", channels, data.holdout)
+    if data.source == "webdataset" or (data.source == "auto" and any(map(is_remote, paths))):
+        return _stream(config, paths, weights), None, "webdataset"
+    for name in ("samples", "streams", "shuffle_buffer"):
+        if name in data.model_fields_set and getattr(data, name) is not None:
+            raise UserError(f"data.{name} belongs to data.source=webdataset: set that as well, or leave it out.")
+    train = open_source(paths, "train", channels, data.holdout, data.source)
+    reader = "ffcv" if data.source == "ffcv" else "index"
+    if reader == "ffcv" and isinstance(train, Joined):
+        raise UserError("data.source=ffcv reads one .beton: name one, or set data.source=auto for several.")
     try:
-        return train, open_source(data.val_path or data.path, "val", channels, data.holdout)
+        val_source = "auto" if data.val_path else data.source
+        return train, open_source(data.val_path or paths, "val", channels, data.holdout, val_source), reader
     except NoHeldOutImages:  # as configured: then nothing is probed
-        return train, None
+        return train, None, reader
     except DataError as error:
         raise UserError(str(error).replace("data.path=", "data.val_path=") if data.val_path else str(error)) from error
 
 
-def _workers(config: Config, world: World) -> int:
+def _stream(config: Config, paths: list[str], weights: list[float] | None) -> Stream:
+    data = config.data
+    if weights:
+        raise UserError("data.source=webdataset reads all shards alike: leave the weights out of data.path.")
+    if data.remainder == "drop":
+        raise UserError("data.remainder=drop is not for data.source=webdataset: set data.remainder=carry.")
+    return Stream(
+        paths, config.model.channels, streams=data.streams, global_batch=config.optim.batch_size, seed=config.seed,
+        samples=data.samples, shuffle_buffer=data.shuffle_buffer,
+    )  # fmt: skip
+
+
+def _order(config: Config, train: Source | Stream, length: int) -> Order | None:
+    """The order of the images of `train`, of which an epoch takes `length`."""
+    if isinstance(train, Stream):
+        return None
+    _, weights = config.data.places()
+    if weights is None or not isinstance(train, Joined):
+        return Permutations(len(train), config.seed, length)
+    if config.data.remainder == "drop":
+        raise UserError("data.remainder=drop is not for weights in data.path: set data.remainder=carry.")
+    return Mixture(train.sizes, weights, config.seed)
+
+
+def _workers(config: Config, world: World, train: Source | Stream) -> int:
     """Loader processes of this rank: as configured, or the cores that its trainer leaves."""
     if config.loader.workers != "auto":
         return config.loader.workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(16, max(0, cores // world.local_size - 1))
+    workers = min(16, max(0, cores // world.local_size - 1))
+    return train.workers_for(world.size, workers) if isinstance(train, Stream) else workers

@@ -11,7 +11,10 @@ from typing import Any
 
 from rich.console import Console
 
-from ..data.loader import Loader
+from ..data.order import Plan
+from ..data.prefetch import OnDevice
+from ..data.readers import open_reader
+from ..data.webdataset import Stream
 from .banner import accuracy, banner, summary
 from .build import build_adversary, build_optimizer
 from .checkpoint import Checkpoints
@@ -120,7 +123,7 @@ def _train(
     )  # fmt: skip
 
     def measure(step: int) -> dict[str, Any] | None:
-        if parts.val is None:
+        if parts.val is None or isinstance(parts.train, Stream):
             return None
         found = probe(
             parts.method, parts.train, parts.val, config.probe, config.data.interpolation, config.seed, world,
@@ -136,12 +139,13 @@ def _train(
     try:
         if not resumed and config.probe.before:
             result.before = measure(0)
-        loader = Loader(
-            parts.train, parts.augment, parts.masks, seed=config.seed, global_batch=config.optim.batch_size,
-            micro_batch=parts.micro_batch, rank=world.rank, world=world.size, workers=parts.workers,
-            start_step=first, stop_step=last, on_error=config.data.on_error, remainder=config.data.remainder,
-            pin_memory=world.device.type == "cuda", prefetch=config.loader.prefetch,
+        plan = Plan(
+            seed=config.seed, global_batch=config.optim.batch_size, micro_batch=parts.micro_batch, rank=world.rank,
+            world=world.size, start_step=first, stop_step=last, workers=parts.workers,
+            prefetch=config.loader.prefetch, pin_memory=world.device.type == "cuda", on_error=config.data.on_error,
         )  # fmt: skip
+        reader = open_reader(parts.train, parts.augment, parts.masks, parts.order, plan, parts.reader)
+        batches = OnDevice(reader, parts.augment, world.device)
         upkeep = Upkeep(
             config, world, engine, monitor, checkpoints, parts.steps_per_epoch,
             describe=lambda step: describe(config, parts, step, world.size, result.before), probe=measure,
@@ -149,7 +153,7 @@ def _train(
         monitor.restart_clock()
         with upkeep:
             result.steps = train(
-                engine, loader, parts.schedules, parts.adversary_schedules, monitor, upkeep, first, last
+                engine, batches, parts.schedules, parts.adversary_schedules, monitor, upkeep, first, last
             )
             upkeep.signals.finish()
         result.complete = result.steps == last

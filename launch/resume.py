@@ -46,6 +46,7 @@ def describe(config: Config, parts: Parts, step: int, ranks: int, before: dict |
         "step": step,
         "epoch": step / parts.steps_per_epoch,
         "samples": len(parts.train),
+        "images": parts.images,
         "before": before,
         "config": config.to_dict(),
         "micro_batch": parts.micro_batch,
@@ -63,6 +64,9 @@ def check_same(config: Config, parts: Parts, saved: Saved, allow_change: bool) -
     changed = differences(result_settings(before), result_settings(config))
     if len(parts.train) != saved.about["samples"]:
         changed.append(f"images to train: {saved.about['samples']} -> {len(parts.train)}")
+    images = saved.about.get("images", parts.images)
+    if images != parts.images:
+        changed.append(f"images, which come in another order there: {images} -> {parts.images}")
     changed += _efficiency_that_matters(config, parts, saved)
     if changed and not allow_change:
         fitting = not any(line.startswith(_SHAPES) for line in changed)

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -55,7 +56,9 @@ def add_shards_command(commands: Any) -> None:
     write.add_argument("--max-side", type=int, metavar="PX", help="shrink images whose longer side is more than this")
     write.add_argument("--quality", type=int, metavar="Q", help="encode grey and RGB images as JPEG of this quality")
     write.add_argument("--processes", type=_count, metavar="N", help="writer processes (default: one for each core)")
-    write.add_argument("--format", choices=("shards",), default="shards", help="what to write (%(default)s)")
+    write.add_argument("--format", choices=("shards", "ffcv"), default="shards",
+                       help="shards, or one .beton file at DEST through FFCV (%(default)s)")  # fmt: skip
+    write.add_argument("--mode", choices=("jpg", "raw", "smart"), help="with --format ffcv: how pixels stand (jpg)")
     write.add_argument("--skip-unreadable", action="store_true", help="exit with 0 although images were left out")
     text = "Look for damage; exit status 0: none, 1: warnings, 2: damage."
     verify = parts.add_parser("verify", help=text, description=text)
@@ -65,9 +68,9 @@ def add_shards_command(commands: Any) -> None:
     repair.add_argument("--out", type=Path, metavar="DIR", help="a new folder for the clean copy")
     text = "Counts, sizes, classes, mean and std per channel."
     stats = parts.add_parser("stats", help=text, description=text)
-    stats.add_argument("--split", choices=("train", "val"), help="of a folder with both (default: train)")
+    stats.add_argument("--split", choices=("train", "val"), help="of a folder with both (default: both)")
     stats.add_argument("--sample", type=_count_or_all, default=2000, metavar="N|all", help="images measured (2000)")
-    stats.add_argument("--sheet", type=Path, metavar="FILE", help="save a contact sheet as PNG")
+    stats.add_argument("--sheet", type=Path, metavar="FILE", help="save a contact sheet as PNG (of both: of train)")
     stats.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there as well")
     for command in (verify, repair, stats):
         command.add_argument("dest", nargs="+", help="a folder of shards, tars, or patterns with braces or wildcards")
@@ -143,6 +146,10 @@ def _size(count: int) -> str:
 
 
 def _write(arguments: argparse.Namespace) -> int:
+    if arguments.format == "ffcv":
+        return _write_beton(arguments)
+    if arguments.mode:
+        raise UserError(f"--mode {arguments.mode} belongs to --format ffcv: add that, or leave it out.")
     from ..data.shard_writer import WriteOptions, write_shards
 
     options = WriteOptions(
@@ -158,12 +165,32 @@ def _write(arguments: argparse.Namespace) -> int:
     kept = f", {written.kept} of them written before" if written.kept else ""
     total = f"{manifest['samples']:,} images in {_shards(len(manifest['shards']))}, {_size(manifest['bytes'])}"
     print(f"{arguments.dest}: {total}{kept}.")
-    unreadable = manifest["unreadable"]
+    return _left_out(manifest["unreadable"], f"{arguments.dest}/manifest.json", arguments.skip_unreadable)
+
+
+def _left_out(unreadable: list[dict[str, Any]], where: str, expected: bool) -> int:
+    """Tell which images were not written; the exit status."""
     if not unreadable:
         return 0
-    print(f"Left out {len(unreadable):,} that cannot be read (all in {arguments.dest}/manifest.json):")
+    print(f"Left out {len(unreadable):,} that cannot be read (all in {where}):")
     _list([f"{one['path']}: {one['reason']}" for one in unreadable])
-    return 0 if arguments.skip_unreadable else 1
+    return 0 if expected else 1
+
+
+def _write_beton(arguments: argparse.Namespace) -> int:
+    from ..data.ffcv_writer import write_beton
+
+    if arguments.samples_per_shard:
+        raise UserError("--samples-per-shard is for shards, and --format ffcv writes one file: leave it out.")
+    given = {"mode": arguments.mode, "quality": arguments.quality}
+    with _bar("Writing", "images") as progress:
+        manifest = write_beton(
+            arguments.source, arguments.dest, split=arguments.split, holdout=arguments.holdout, seed=arguments.seed,
+            max_side=arguments.max_side, processes=arguments.processes, progress=progress,
+            **{name: value for name, value in given.items() if value is not None},
+        )  # fmt: skip
+    print(f"{arguments.dest}: {manifest['samples']:,} images, {_size(os.path.getsize(arguments.dest))}.")
+    return _left_out(manifest["unreadable"], f"{arguments.dest}.json", arguments.skip_unreadable)
 
 
 def _verify(arguments: argparse.Namespace) -> int:
@@ -176,8 +203,17 @@ def _verify(arguments: argparse.Namespace) -> int:
     damage = sum(finding.severity == 2 for finding in findings)
     total = f"{_shards(report.shards)}, {report.samples:,} images, {_size(report.bytes)}"
     print(f"{total}: {damage} damaged place(s), {len(findings) - damage} warning(s).")
+    if damage:
+        print(f"A copy of what is readable: {_repair_command(arguments)} --out DIR")
+    elif report.mended_in_place:
+        print(f"To make indexes and manifest anew: {_repair_command(arguments)}")
     _save_json(arguments.json, report.to_json())
     return report.severity
+
+
+def _repair_command(arguments: argparse.Namespace) -> str:
+    # Without --deep, a repair takes images for whole that cannot be decoded but were never changed.
+    return shlex.join(["elsewhere", "shards", "repair", *arguments.dest, *["--deep"] * arguments.deep])
 
 
 def _repair(arguments: argparse.Namespace) -> int:
@@ -195,19 +231,37 @@ def _repair(arguments: argparse.Namespace) -> int:
             print(f"{title} ({len(lines):,}):")
             _list(lines)
     if done.left:
-        print(f"A copy of what is readable: elsewhere shards repair {' '.join(arguments.dest)} --out DIR")
+        print(f"A copy of what is readable: {_repair_command(arguments)} --out DIR")
     elif not any((done.indexes, done.manifests, done.copies)):
         print("Nothing to mend.")
     return 2 if done.left else 1 if done.lost else 0
 
 
 def _stats(arguments: argparse.Namespace) -> int:
-    from ..data.shard_stats import contact_sheet, measure
+    from ..data.shard_stats import contact_sheet
+    from ..data.shards import shard_splits
+
+    splits = [arguments.split] if arguments.split else list(shard_splits(_dest(arguments))) or [None]
+    numbers = {}
+    for split in splits:
+        if len(splits) > 1:
+            print(f"{split}:")
+        numbers[split] = _stats_of(arguments, split)
+    _save_json(arguments.json, numbers if len(splits) > 1 else numbers[splits[0]])
+    if arguments.sheet:
+        try:
+            contact_sheet(_dest(arguments), splits[0]).save(arguments.sheet, "PNG")
+        except OSError as error:
+            raise UserError(f"--sheet {arguments.sheet} cannot be written ({error.strerror}).") from error
+    return 0
+
+
+def _stats_of(arguments: argparse.Namespace, split: str | None) -> dict[str, Any]:
+    """Measure and print one split; the numbers as a dictionary."""
+    from ..data.shard_stats import measure
 
     with _bar("Measuring", "images") as progress:
-        stats = measure(
-            _dest(arguments), arguments.split, sample=arguments.sample, threads=arguments.threads, progress=progress
-        )
+        stats = measure(_dest(arguments), split, sample=arguments.sample, threads=arguments.threads, progress=progress)
     least, median, most = stats.image_bytes
     print(f"shards    {stats.shards:,}, {_size(stats.bytes)}")
     print(f"images    {stats.samples:,} of {stats.channels} channel(s)")
@@ -221,13 +275,7 @@ def _stats(arguments: argparse.Namespace) -> int:
     if stats.unreadable:
         print(f"Unreadable ({len(stats.unreadable):,}):")
         _list(stats.unreadable)
-    _save_json(arguments.json, asdict(stats))
-    if arguments.sheet:
-        try:
-            contact_sheet(_dest(arguments), arguments.split).save(arguments.sheet, "PNG")
-        except OSError as error:
-            raise UserError(f"--sheet {arguments.sheet} cannot be written ({error.strerror}).") from error
-    return 0
+    return asdict(stats)
 
 
 _PARTS = {"write": _write, "verify": _verify, "repair": _repair, "stats": _stats}

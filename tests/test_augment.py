@@ -27,6 +27,11 @@ def photo(height=60, width=80, channels=3, seed=0):
     return image
 
 
+def numbers(seed, views=1):
+    """Random numbers of one image's views, `[V, 35]`."""
+    return np.random.default_rng(seed).random((views, 35))
+
+
 def planes(image):
     return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
 
@@ -121,26 +126,24 @@ def test_a_crop_that_never_fits_falls_back_to_the_centre():
 def test_the_view_is_torchvisions_pipeline_on_the_same_crop():
     transforms = pytest.importorskip("torchvision.transforms.functional")
     image = photo()
-    u = np.random.default_rng(5).random(35)
+    u = numbers(5)[0]
     top, left, h, w = crop_box(60, 80, (0.3, 1.0), (3 / 4, 4 / 3), u[:22])
     expected = transforms.resized_crop(Image.fromarray(image), top, left, h, w, [32, 48])
     expected = transforms.hflip(expected)
     expected = transforms.rgb_to_grayscale(expected, num_output_channels=3)
     expected = expected.filter(ImageFilter.GaussianBlur(0.1 + 1.9 * float(u[34])))
-    view = Augment(size=(32, 48), flip=1.0, grayscale=1.0, blur=1.0)(image, np.random.default_rng(5))
+    view = Augment(size=(32, 48), flip=1.0, grayscale=1.0, blur=1.0)(image, numbers(5))
     assert view.shape == (3, 32, 48)
     assert view.is_contiguous()
     assert difference(view, expected) <= 2
 
 
 @pytest.mark.parametrize("switched", [{"flip": 1.0}, {"grayscale": 1.0}, {"blur": 1.0}, {"colour_jitter": 0.5}])
-def test_switching_one_augmentation_leaves_the_others_and_the_next_draw_alone(switched):
+def test_switching_one_augmentation_leaves_the_others_alone(switched):
     image = photo()
-    rng, other = np.random.default_rng(2), np.random.default_rng(2)
-    view = Augment(size=32, **PLAIN)(image, rng)
-    changed = Augment(size=32, colour_jitter_probability=1.0, **{**PLAIN, **switched})(image, other)
+    view = Augment(size=32, **PLAIN)(image, numbers(2))
+    changed = Augment(size=32, colour_jitter_probability=1.0, **{**PLAIN, **switched})(image, numbers(2))
     assert not torch.equal(view, changed)
-    assert rng.random() == other.random()
     if "flip" in switched:
         assert torch.equal(view.flip(2), changed)
 
@@ -148,8 +151,7 @@ def test_switching_one_augmentation_leaves_the_others_and_the_next_draw_alone(sw
 def test_probabilities_are_kept():
     image = photo(16, 16)
     augment = Augment(size=16, crop_scale=(1.0, 1.0), crop_aspect=(1.0, 1.0), flip=0.3, blur=0.0, grayscale=0.2)
-    rng = np.random.default_rng(3)
-    views = [augment(image, rng) for _ in range(1500)]
+    views = [augment(image, u[None]) for u in numbers(3, 1500)]
     grey = np.mean([torch.equal(view[0], view[1]) and torch.equal(view[1], view[2]) for view in views])
     plain = planes(image)
     untouched = np.mean([torch.equal(view, plain) for view in views])
@@ -160,7 +162,7 @@ def test_probabilities_are_kept():
 @pytest.mark.parametrize("channels", [1, 2, 5])
 def test_any_number_of_channels_and_non_square(channels):
     augment = Augment(size=(8, 24), flip=1.0, blur=1.0, grayscale=1.0, colour_jitter=1.0)
-    view = augment(photo(channels=channels), np.random.default_rng(0))
+    view = augment(photo(channels=channels), numbers(0))
     assert view.shape == (channels, 8, 24)
     assert view.dtype == torch.uint8
     assert all(torch.equal(view[0], plane) for plane in view)
@@ -170,28 +172,80 @@ def test_read_only_images_are_left_alone():
     image = photo()
     before = image.copy()
     image.setflags(write=False)
-    Augment(size=image.shape[:2], crop_scale=(1.0, 1.0))(image, np.random.default_rng(0)).zero_()
+    Augment(size=image.shape[:2], crop_scale=(1.0, 1.0))(image, numbers(0)).zero_()
     assert np.array_equal(image, before)
 
 
 ALL = {"size": 32, "flip": 0.5, "blur": 0.5, "grayscale": 0.5, "colour_jitter": 0.5}
 
 
-def test_views_are_those_of_single_calls_on_the_same_stream():
+def test_views_are_those_of_single_calls_on_their_numbers():
     image = photo()
-    rng = np.random.default_rng(7)
-    singles = [Augment(**ALL)(image, rng) for _ in range(4)]
-    views = Augment(**ALL, views=4)(image, np.random.default_rng(7))
+    singles = [Augment(**ALL)(image, u[None]) for u in numbers(7, 4)]
+    views = Augment(**ALL, views=4)(image, numbers(7, 4))
     assert torch.equal(views, torch.stack(singles))
 
 
 def test_views_of_an_image_differ():
-    views = Augment(**ALL, views=4)(photo(), np.random.default_rng(7))
+    views = Augment(**ALL, views=4)(photo(), Augment(**ALL, views=4).numbers(0, np.array([0]), np.array([5]))[0])
     assert views.flatten(1).unique(dim=0).shape[0] == 4
 
 
 def test_a_single_view_has_no_dimension_of_views():
-    assert Augment(**ALL, views=1)(photo(), np.random.default_rng(7)).shape == (3, 32, 32)
+    assert Augment(**ALL, views=1)(photo(), numbers(7)).shape == (3, 32, 32)
+
+
+def test_numbers_are_those_of_seed_epoch_and_sample_whatever_the_batch():
+    augment, epochs, ids = Augment(**ALL, views=2), np.array([0, 0, 1, 3]), np.array([4, 9, 4, 2**40])
+    drawn = augment.numbers(1, epochs, ids)
+    assert drawn.shape == (4, 2, 35) and drawn.dtype == np.float64
+    assert drawn.min() >= 0 and drawn.max() < 1
+    back = augment.numbers(1, epochs[::-1], ids[::-1])[::-1]
+    alone = np.concatenate([augment.numbers(1, epochs[i : i + 1], ids[i : i + 1]) for i in range(4)])
+    assert np.array_equal(drawn, back) and np.array_equal(drawn, alone)
+
+
+def test_numbers_differ_between_seeds_epochs_samples_views_and_places():
+    augment = Augment(**ALL, views=2)
+    drawn = [augment.numbers(seed, np.array([0, 0, 1]), np.array([4, 5, 4])) for seed in (1, 2)]
+    assert len(np.unique(drawn)) == 2 * 3 * 2 * 35
+
+
+def test_more_views_leave_the_numbers_of_the_first_ones():
+    few, more = (Augment(**ALL, views=v).numbers(1, np.array([2, 3]), np.array([7, 8])) for v in (2, 5))
+    assert np.array_equal(more[:, :2], few)
+
+
+@pytest.mark.parametrize("views", [1, 3])
+def test_on_device_leaves_everything_after_the_crop(views):
+    image, u = photo(), numbers(7, views)
+    crops = Augment(size=32, views=views, on_device=True)(image, u)
+    assert torch.equal(crops, Augment(size=32, views=views, **PLAIN)(image, u))
+
+
+def test_what_is_left_for_the_device_are_the_numbers_after_the_crops():
+    drawn = np.random.default_rng(0).random((5, 2, 35))
+    left = Augment(size=32, views=2, on_device=True).left_for_device(drawn)
+    assert left is not None and left.dtype == torch.float64
+    assert np.array_equal(left.numpy(), drawn[..., 22:])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"on_device": False},
+        {"on_device": True, **PLAIN},
+        {"on_device": True, **PLAIN, "colour_jitter": 0.5, "colour_jitter_probability": 0.0},
+    ],
+)
+def test_nothing_is_left_for_the_device_where_nothing_is_to_do(options):
+    assert Augment(size=32, **options).left_for_device(np.zeros((5, 1, 35))) is None
+
+
+@pytest.mark.parametrize("switched", [{"flip": 0.1}, {"grayscale": 0.1}, {"blur": 0.1}, {"colour_jitter": 0.1}])
+def test_each_augmentation_is_left_for_the_device(switched):
+    augment = Augment(size=32, on_device=True, **{**PLAIN, **switched})
+    assert augment.left_for_device(np.zeros((5, 1, 35))) is not None
 
 
 @pytest.mark.parametrize("shape", [(300, 400), (400, 300), (230, 230)])

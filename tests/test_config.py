@@ -245,6 +245,43 @@ def test_an_override_may_hold_an_equals_sign():
     assert load_config("demo", ["data.path=/a=b"]).data.path == "/a=b"
 
 
+@pytest.mark.parametrize(
+    ("given", "paths", "weights"),
+    [
+        ("/a", ["/a"], None),
+        ("[/a,/b]", ["/a", "/b"], None),
+        ("[{path: /a, weight: 3},/b]", ["/a", "/b"], [3.0, 1.0]),
+        ("[{path: /a},{path: /b, weight: 0.5}]", ["/a", "/b"], [1.0, 0.5]),
+        ("null", [], None),
+    ],
+)
+def test_images_may_be_in_several_places(given, paths, weights):
+    assert load_config("demo", [f"data.path={given}"]).data.places() == (paths, weights)
+
+
+def test_weights_of_several_places_change_the_result():
+    before, after, moved = (
+        result_settings(load_config("demo", [f"data.path=[{{path: {a}, weight: {weight}}},/b]"]))
+        for a, weight in (("/a", 2), ("/a", 3), ("/c", 2))
+    )
+    assert differences(before, after) == ["weights in data.path: [2.0, 1.0] -> [3.0, 1.0]"]
+    assert before == moved
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("data.path=[{path: /a, weight: 0}]", r"data\.path\.0.*weight=0 is not possible: .*greater than 0"),
+        ("data.path=[{paht: /a}]", r"There is no setting data\.path.*paht"),
+        ("data.path=3", r"data\.path=3 is not possible"),
+        ("data.source=ffvc", r"data\.source=ffvc is not possible; choose .*'ffcv'"),
+    ],
+)
+def test_places_that_cannot_be(override, sentence):
+    with pytest.raises(UserError, match=sentence):
+        load_config("demo", [override])
+
+
 def test_an_override_sets_a_group_that_the_recipe_leaves_out():
     freeze = load_config("demo", ["optim.freeze_lr.epoch=3"]).optim.freeze_lr
     assert freeze is not None and (freeze.epoch, freeze.strategy) == (3, "const")
@@ -296,9 +333,10 @@ def test_settings_that_change_the_result(override):
 @pytest.mark.parametrize(
     "override",
     [
-        "loader.workers=3", "loader.micro_batch=2", "loader.prefetch=5", "engine.precision=bfloat16", "run.dir=x",
+        "loader.workers=3", "loader.micro_batch=2", "loader.prefetch=5", "loader.augment=device",
+        "engine.precision=bfloat16", "run.dir=x",
         "checkpoint.every_steps=3", "monitor.log_every=1", "probe.every_epochs=1", "engine.device=cpu", "about=x",
-        "data.path=/elsewhere", "data.val_path=/elsewhere", "data.on_error=skip",
+        "data.path=/elsewhere", "data.val_path=/elsewhere", "data.on_error=skip", "data.source=shards",
     ],
 )  # fmt: skip
 def test_settings_that_do_not_change_the_result(override):

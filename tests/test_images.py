@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from elsewhere.data.decode import UnreadableImage, decode, read_image
-from elsewhere.data.images import DataError, Digits, ImageFolder, TorchDataset, held_out, open_source, to_image
+from elsewhere.data.images import DataError, Digits, ImageFolder, TorchDataset, to_image
+from elsewhere.data.sources import held_out, open_source
 
 
 def noise(*shape, seed=0):

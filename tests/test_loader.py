@@ -3,6 +3,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import fields
 
 import numpy as np
@@ -13,8 +14,9 @@ from PIL import Image
 from elsewhere.data.augment import Augment
 from elsewhere.data.decode import UnreadableImage
 from elsewhere.data.images import DataError, Digits, ImageFolder
-from elsewhere.data.loader import Batches, Loader, Request, Requests, order
+from elsewhere.data.loader import Batches, Loader, replacements
 from elsewhere.data.masks import ContextAndTargets
+from elsewhere.data.order import Permutations, Plan, Request, Requests, check_batch_sizes, epoch_length, permutation
 from elsewhere.data.random_masks import RandomMasks
 from elsewhere.data.streams import uniforms
 
@@ -52,8 +54,15 @@ class Numbered:
 
 
 def loader(source=None, augment=AUGMENT, masks=masks, **changes):
-    settings = {"seed": 3, "global_batch": 24, "micro_batch": 6, "stop_step": 7, **changes}
-    return Loader(Numbered() if source is None else source, augment, masks, **settings)
+    plan = Plan(**{"seed": 3, "global_batch": 24, "micro_batch": 6, "stop_step": 7, **changes})
+    source = Numbered() if source is None else source
+    return Loader(source, augment, masks, Permutations(len(source), plan.seed), plan)
+
+
+def requests(**changes):
+    """The requests for 100 samples, of which an epoch takes four batches of 24."""
+    plan = {"seed": 3, "global_batch": 24, "micro_batch": 6, "stop_step": 9, **changes}
+    return Requests(Permutations(100, 3, epoch_length(100, 24, "drop")), Plan(**plan))
 
 
 def assert_equal(one, other):
@@ -65,26 +74,26 @@ def assert_equal(one, other):
 
 
 def test_order_is_a_permutation_of_seed_and_epoch():
-    assert sorted(order(0, 0, 50)) == list(range(50))
-    assert np.array_equal(order(4, 2, 50), order(4, 2, 50))
-    assert not np.array_equal(order(4, 2, 50), order(4, 3, 50))
-    assert not np.array_equal(order(4, 2, 50), order(5, 2, 50))
+    assert sorted(permutation(0, 0, 50)) == list(range(50))
+    assert np.array_equal(permutation(4, 2, 50), permutation(4, 2, 50))
+    assert not np.array_equal(permutation(4, 2, 50), permutation(4, 3, 50))
+    assert not np.array_equal(permutation(4, 2, 50), permutation(5, 2, 50))
 
 
 def test_requests_follow_the_order_across_epochs():
-    requests = list(Requests(n=100, seed=3, global_batch=24, micro_batch=6, stop_step=9, remainder="drop"))
-    assert len(requests) == 36
-    assert [r.step for r in requests] == [step for step in range(9) for _ in range(4)]
-    assert [r.micro for r in requests] == [0, 1, 2, 3] * 9
-    assert [set(r.epochs.tolist()) for r in requests] == [{0}] * 16 + [{1}] * 16 + [{2}] * 4
+    found = list(requests())
+    assert len(found) == 36
+    assert [r.step for r in found] == [step for step in range(9) for _ in range(4)]
+    assert [r.micro for r in found] == [0, 1, 2, 3] * 9
+    assert [set(r.epochs.tolist()) for r in found] == [{0}] * 16 + [{1}] * 16 + [{2}] * 4
     for epoch in (0, 1):
-        ids = np.concatenate([r.ids for r in requests if r.epochs[0] == epoch])
-        assert np.array_equal(ids, order(3, epoch, 100)[:96])
+        ids = np.concatenate([r.ids for r in found if r.epochs[0] == epoch])
+        assert np.array_equal(ids, permutation(3, epoch, 100)[:96])
 
 
 def test_ranks_together_see_the_global_batch_of_one():
-    one = list(Requests(n=100, seed=3, global_batch=24, micro_batch=24, stop_step=9))
-    ranks = [Requests(n=100, seed=3, global_batch=24, micro_batch=4, rank=r, world=3, stop_step=9) for r in range(3)]
+    one = list(requests(micro_batch=24))
+    ranks = [requests(micro_batch=4, rank=r, world=3) for r in range(3)]
     listed = [list(rank) for rank in ranks]
     assert [len(rank) for rank in ranks] == [len(rank) for rank in listed] == [18] * 3
     for step, whole in enumerate(one):
@@ -195,15 +204,23 @@ def test_the_global_random_state_is_left_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_an_unreadable_image_is_replaced_by_the_next_and_named():
-    request = Request(np.full(3, 2), 0, 0, np.array([7, 1, 99]))
-    batch = Batches(Numbered(bad=[7, 8, 99]), AUGMENT, masks, seed=3)[request]
-    assert batch.sample_ids.tolist() == [9, 1, 0]
-    assert batch.labels.tolist() == [9, 1, 0]
-    assert batch.skipped == ["numbered[7]: cut off", "numbered[8]: cut off", "numbered[99]: cut off"]
-    clean = Batches(Numbered(), AUGMENT, masks, seed=3)[Request(np.full(3, 2), 0, 0, np.array([9, 1, 0]))]
+def test_an_unreadable_image_is_replaced_and_named():
+    first, second = replacements(3, 2, 7, 100)[:2]
+    bad = [7, int(first)]
+    batch = Batches(Numbered(bad=bad), AUGMENT, masks, seed=3)[Request(np.full(2, 2), 0, 0, np.array([7, 1]))]
+    assert batch.sample_ids.tolist() == [second, 1]
+    assert batch.labels.tolist() == [second, 1]
+    assert batch.skipped == ["numbered[7]: cut off", f"numbered[{first}]: cut off"]
+    clean = Batches(Numbered(), AUGMENT, masks, seed=3)[Request(np.full(2, 2), 0, 0, np.array([second, 1]))]
     assert torch.equal(batch.images, clean.images)
     assert torch.equal(batch.context, clean.context)
+
+
+def test_a_replacement_depends_on_what_was_wanted_alone():
+    assert np.array_equal(replacements(3, 2, 7, 100), replacements(3, 2, 7, 100))
+    drawn = [replacements(*name, 1000) for name in ((3, 2, 7), (4, 2, 7), (3, 1, 7), (3, 2, 8))]
+    assert len({tuple(one) for one in drawn}) == 4
+    assert all(one.min() >= 0 and one.max() < 1000 for one in drawn)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -226,7 +243,8 @@ def test_skip_reads_a_broken_file_of_a_folder(tmp_path):
         Image.new("RGB", (10, 12), (i, i, i)).save(tmp_path / f"{i}.png")
     (tmp_path / "3.png").write_bytes((tmp_path / "3.png").read_bytes()[:30])
     batch = next(iter(loader(ImageFolder(str(tmp_path)), global_batch=8, micro_batch=8)))
-    assert sorted(batch.sample_ids.tolist()) == [0, 1, 2, 4, 4, 5, 6, 7]
+    assert 3 not in batch.sample_ids.tolist()
+    assert len(batch) == 8
     assert len(batch.skipped) == 1
     assert batch.skipped[0].startswith(str(tmp_path / "3.png") + ": ")
 
@@ -234,7 +252,6 @@ def test_skip_reads_a_broken_file_of_a_folder(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"global_batch": 128, "micro_batch": 32}, "has 100 images.*optim.batch_size to 96 or less"),
         ({"global_batch": 25}, "optim.batch_size to 24 or 30, or loader.micro_batch to 1 or 5"),
         ({"global_batch": 20, "world": 3}, "optim.batch_size to 18 or 36"),
         ({"micro_batch": 0}, "loader.micro_batch=0"),
@@ -246,14 +263,21 @@ def test_sizes_that_do_not_fit_name_those_that_do(changes, sentence):
         loader(**changes)
 
 
+def test_a_batch_larger_than_the_data_names_one_that_fits():
+    with pytest.raises(DataError, match=r"has 100 images.*optim.batch_size to 96 or less"):
+        check_batch_sizes(100, 128, 32, 1)
+
+
 class Killed(Numbered):
     def read(self, i):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_killed_worker_is_one_sentence():
+def test_a_killed_worker_is_one_sentence_within_seconds():
+    begin = time.monotonic()
     with pytest.raises(DataError, match=r"worker died.*loader\.workers"):
         list(loader(Killed(), workers=1))
+    assert time.monotonic() - begin < 30, "a guard against waiting for ever, not a measurement"
 
 
 class Signalled(Numbered):
@@ -272,8 +296,9 @@ def test_an_exception_in_the_loop_leaves_no_worker_to_wait_for():
         from elsewhere.data.augment import Augment
         from elsewhere.data.images import Digits
         from elsewhere.data.loader import Loader
-        batches = iter(Loader(Digits(), Augment(size=8), None, seed=0, global_batch=8, micro_batch=8, workers=2,
-                              stop_step=10**6))
+        from elsewhere.data.order import Permutations, Plan
+        plan = Plan(seed=0, global_batch=8, micro_batch=8, workers=2, stop_step=10**6)
+        batches = iter(Loader(Digits(), Augment(size=8), None, Permutations(100, 0), plan))
         next(batches)
         raise RuntimeError("in the loop")
     """

@@ -4,7 +4,7 @@ from functools import cache
 
 import pytest
 
-from elsewhere.data.loader import Requests
+from elsewhere.data.order import Plan
 from elsewhere.launch.build import adversary_schedules, build_schedules
 from elsewhere.launch.config import differences, load_config, recipe_names, result_settings
 
@@ -130,11 +130,8 @@ def test_1600_epochs_are_an_override(name):
 def test_a_batch_is_four_micro_batches_on_one_machine_and_one_on_four(name, ranks, accumulation):
     config = recipe(name)
     micro, batch = config.loader.micro_batch, config.optim.batch_size
-    requests = Requests(
-        n=IMAGENET, seed=0, global_batch=batch, micro_batch=micro, world=ranks, stop_step=1,
-        remainder=config.data.remainder,
-    )  # fmt: skip
-    assert (micro, requests.micros_per_step, len(requests)) == (128, accumulation, accumulation)
+    plan = Plan(seed=0, global_batch=batch, micro_batch=micro, world=ranks, stop_step=1)
+    assert (micro, plan.micros_per_step, len(plan)) == (128, accumulation, accumulation)
 
 
 ALL_RECOMMEND = {"optim.schedule": "mae", "optim.decay_all": False, "data.remainder": "carry"}

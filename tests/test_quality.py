@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from elsewhere.data.images import open_source
+from elsewhere.data.sources import open_source
 from elsewhere.launch.build import build_method
 from elsewhere.launch.config import Probe, load_config
 from elsewhere.launch.quality import features, few_labels, knn_accuracy, linear_accuracy, probe

@@ -117,6 +117,27 @@ def test_a_changed_image_is_named(out):
     assert found(out) == [("wrong checksum", TAR, key(image), image.offset_data)]
 
 
+def test_a_changed_image_that_cannot_be_decoded_is_named_once(out):
+    image = members(out / TAR)[6]
+    patch(out / TAR, image.offset_data + 60, b"\0\1\2")
+    (finding,) = verify(out, deep=True).findings
+    place = (finding.shard, finding.key, finding.offset)
+    assert finding.kind == "undecodable image" and place == (TAR, key(image), image.offset_data)
+    assert "its checksum is not the index's either" in finding.detail
+    assert found(out) == [("wrong checksum", *place)]
+
+
+def test_a_changed_image_that_can_be_decoded_is_named_once_by_a_deep_look(tmp_path):
+    write_shards("digits", tmp_path / "out")
+    tar = tmp_path / "out" / "shard-000000.tar"
+    image = members(tar)[0]
+    data = bytearray(tar.read_bytes()[image.offset_data : image.offset_data + image.size])
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(buffer := io.BytesIO(), "PNG")
+    assert len(buffer.getvalue()) <= len(data)
+    patch(tar, image.offset_data, buffer.getvalue())
+    assert found(tmp_path / "out", deep=True) == [("wrong checksum", tar.name, key(image), image.offset_data)]
+
+
 def test_a_changed_label_is_named(out):
     label = members(out / TAR)[7]
     patch(out / TAR, label.offset_data, b"7")
@@ -263,6 +284,46 @@ def test_train_and_val_are_both_looked_at(out, tmp_path):
     (tmp_path / "both" / "val" / IDX).unlink()
     report = verify(tmp_path / "both")
     assert report.shards == 6 and [f.kind for f in report.findings] == ["missing index"]
+
+
+def test_findings_name_the_folder_of_train_and_val(out, tmp_path):
+    both = tmp_path / "both"
+    shutil.copytree(out, both / "train")
+    image, label = members(out / TAR)[6], members(out / TAR)[7]
+    patch(out / TAR, image.offset_data + 200, b"\0\1\2")
+    shutil.copytree(out, both / "val")
+    patch(both / "train" / TAR, label.offset_data, b"7")
+    for name in ("shard-000000.tar", "shard-000000.idx"):
+        shutil.copy(out / name, both / "val" / name.replace("0000.", "0009."))
+    kinds = {(f.kind, f.shard) for f in verify(both).findings}
+    extra = "val/shard-000009.tar"
+    assert kinds == {
+        ("wrong checksum", f"train/{TAR}"), ("wrong checksum", f"val/{TAR}"),
+        ("manifest", extra), ("duplicate key", extra),
+    }  # fmt: skip
+    assert {f.shard for f in verify(both / "val").findings} == {TAR, "shard-000009.tar"}
+    assert [f.shard for f in verify([f"{both}/train/*.tar", f"{both}/val/{TAR}"]).findings] == [
+        f"{both}/train/{TAR}", f"{both}/val/{TAR}"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("fact", ["samples", "bytes", None])
+def test_findings_of_a_manifest_name_the_folder_of_train_and_val(out, tmp_path, fact):
+    for split in ("train", "val"):
+        shutil.copytree(out, tmp_path / "both" / split)
+    manifest = json.loads((out / "manifest.json").read_text())
+    if fact:
+        manifest["shards"][1][fact] += 1
+    (tmp_path / "both" / "val" / "manifest.json").write_text(json.dumps(manifest) if fact else "{")
+    expected = f"val/{TAR}" if fact else "val"
+    assert [(f.kind, f.shard) for f in verify(tmp_path / "both").findings] == [("manifest", expected)]
+
+
+def test_what_is_left_damaged_names_the_folder_of_train_and_val(out, tmp_path):
+    for split in ("train", "val"):
+        shutil.copytree(out, tmp_path / "both" / split)
+        damaged_in_the_middle(tmp_path / "both" / split)
+    assert [f.shard for f in repair(tmp_path / "both").left] == [f"train/{TAR}", f"val/{TAR}"]
 
 
 def test_a_folder_without_shards_is_a_sentence(tmp_path):

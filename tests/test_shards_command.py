@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import tarfile
 
 import numpy as np
@@ -145,6 +146,8 @@ def test_verify_names_damage_and_ends_with_its_severity(shards, out, tmp_path):
     place = f"shard-000001.tar, {member.name[:9]} at byte {member.offset_data}: wrong checksum"
     assert status == 2 and lines[0].strip().startswith(f"damage   {place}")
     assert "warning  shard-000002.tar: missing index" in lines[1]
+    assert lines[2].endswith(": 1 damaged place(s), 1 warning(s).")
+    assert lines[3:] == [f"A copy of what is readable: elsewhere shards repair {out} --out DIR"]
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["severity"] == 2 and report["shards"] == 4
     first = report["findings"][0]
@@ -156,9 +159,37 @@ def size(out):
     return f"{sum(tar.stat().st_size for tar in out.glob('*.tar')) / 1000:.1f} kB"
 
 
-def test_a_warning_alone_is_status_one(shards, out):
-    (out / "shard-000002.idx").unlink()
-    assert shards("verify", out)[0] == 1
+@pytest.mark.parametrize("name", ["shard-000002.idx", "manifest.json"])
+def test_what_is_mended_in_place_is_status_one_and_verify_tells_how(shards, out, name):
+    (out / name).write_text("{")
+    status, printed, _ = shards("verify", out)
+    assert status == 1
+    assert printed.splitlines()[-1] == f"To make indexes and manifest anew: elsewhere shards repair {out}"
+    assert shards("repair", out)[0] == 0 and shards("verify", out)[0] == 0
+
+
+def test_a_warning_that_no_repair_mends_ends_with_the_counts(shards, out):
+    (out / "manifest.json").rename(out / "manifest.unfinished.json")
+    status, printed, _ = shards("verify", out)
+    assert status == 1 and printed.splitlines()[-1].endswith("1 warning(s).")
+
+
+def test_a_manifest_is_not_said_to_be_mended_from_a_part_of_its_folder(shards, out):
+    manifest = json.loads((out / "manifest.json").read_text())
+    manifest["shards"][0]["samples"] = 9
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    status, printed, _ = shards("verify", out / "shard-000000.tar")
+    assert status == 1 and printed.splitlines()[-1].endswith("1 warning(s).")
+    assert shards("repair", out / "shard-000000.tar")[1] == "Nothing to mend.\n"
+
+
+def test_a_deep_look_tells_of_a_deep_repair_of_all_that_was_given(shards, out, tmp_path):
+    damage(out)
+    (out.parent / "my shards").mkdir()
+    moved = out.rename(out.parent / "my shards" / "out")
+    _, printed, _ = shards("verify", f"{moved}/shard-000001.tar", f"{moved}/shard-000003.tar", "--deep")
+    given = f"'{moved}/shard-000001.tar' '{moved}/shard-000003.tar'"
+    assert printed.splitlines()[-1].endswith(f": elsewhere shards repair {given} --deep --out DIR")
 
 
 def test_repair_tells_what_it_did_and_what_is_left(shards, out, tmp_path):
@@ -187,6 +218,41 @@ def test_stats_prints_numbers_and_saves_a_sheet(shards, out, tmp_path):
     assert stats["labels"] == {"a": 20, "b": 20} and stats["measured"] == 40
     assert f"mean      {', '.join(f'{value:.4f}' for value in stats['mean'])}" in printed
     assert Image.open(sheet).size == (12 * 100 + 4, 4 * 100 + 4)
+
+
+@pytest.fixture
+def both(shards, images, tmp_path):
+    """28 images of train and 12 of val."""
+    for split in ("train", "val"):
+        flags = "--split", split, "--holdout", 0.3, "--samples-per-shard", 10
+        assert shards("write", images, tmp_path / "both" / split, *flags)[0] == 0
+    return tmp_path / "both"
+
+
+def test_stats_of_train_and_val_are_one_after_the_other(shards, both, tmp_path):
+    sheet, numbers = tmp_path / "sheet.png", tmp_path / "stats.json"
+    status, printed, _ = shards("stats", both, "--sheet", sheet, "--json", numbers)
+    lines = printed.splitlines()
+    assert status == 0 and lines[0] == "train:" and lines[1].startswith("shards    3,")
+    val = lines.index("val:")
+    assert lines[val + 1].startswith("shards    2,") and lines[val + 2].startswith("images    12 ")
+    stats = json.loads(numbers.read_text())
+    assert {split: one["samples"] for split, one in stats.items()} == {"train": 28, "val": 12}
+    assert Image.open(sheet).size == (12 * 100 + 4, 3 * 100 + 4)  # train's 28
+
+
+@pytest.mark.parametrize(("split", "count", "rows"), [("train", 28, 3), ("val", 12, 1)])
+def test_stats_of_one_split_are_its_own(shards, both, tmp_path, split, count, rows):
+    sheet, numbers = tmp_path / "sheet.png", tmp_path / "stats.json"
+    _, printed, _ = shards("stats", both, "--split", split, "--sheet", sheet, "--json", numbers)
+    assert printed.startswith("shards ") and json.loads(numbers.read_text())["samples"] == count
+    assert Image.open(sheet).size == (12 * 100 + 4, rows * 100 + 4)
+
+
+def test_stats_of_a_folder_with_val_alone_are_of_val(shards, both):
+    shutil.rmtree(both / "train")
+    status, printed, _ = shards("stats", both)
+    assert status == 0 and printed.splitlines()[1].startswith("images    12 ")
 
 
 def test_stats_measure_a_sample(shards, out):
