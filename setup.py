@@ -55,6 +55,8 @@ setup(
             "setuptools>=70.1",
             "tifffile>=2024.1",
         ],
+        # setuptools: FFCV builds with it, and imports distutils when it runs, which Python left to it.
+        "ffcv": ["ffcv>=1.0.2", "setuptools>=70.1"],
         "tiff": ["tifffile>=2024.1"],
         "lint": ["ruff>=0.9", "pyright>=1.1.390"],
     },

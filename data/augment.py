@@ -167,10 +167,11 @@ class Augment:
 
     def left_for_device(self, numbers: np.ndarray) -> Tensor | None:
         """What `finish` needs of `numbers` `[B, V, 35]`: `[B, V, 13]`, or None where nothing is left to do."""
-        return torch.from_numpy(numbers[..., _CROP:].copy()) if self.on_device and self._changes_looks else None
+        return torch.from_numpy(numbers[..., _CROP:].copy()) if self.on_device and self.changes_looks else None
 
     @property
-    def _changes_looks(self) -> bool:
+    def changes_looks(self) -> bool:
+        """Whether anything is done after the crop."""
         return any((self.flip, self.colour_jitter * self.colour_jitter_probability, self.grayscale, self.blur))
 
     def __call__(self, image: np.ndarray, numbers: np.ndarray) -> Tensor:

@@ -328,7 +328,7 @@ class FfcvLoader:
         self, source: Beton, indices: np.ndarray | None, augment: Augment, masks: MakeMasks | None, order: Order,
         plan: Plan,
     ):  # fmt: skip
-        if augment._changes_looks and not augment.on_device:
+        if augment.changes_looks and not augment.on_device:
             raise DataError("data.source=ffcv needs loader.augment=device: FFCV crops, the device does the rest.")
         self.requests = Requests(order, plan)
         self._beton, self._augment, self._masks, self._plan = source, augment, masks, plan

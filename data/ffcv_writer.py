@@ -5,14 +5,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import itertools
 import json
-import multiprocessing
 import os
-from collections import deque
-from collections.abc import Generator, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -22,10 +17,11 @@ import numpy as np
 from .decode import UnreadableImage, read_image, to_channels
 from .ffcv import FORMAT, VERSION, Beton, import_ffcv
 from .images import DataError, Source
-from .shard_samples import Encoding, Task, Unreadable, start_process
-from .shard_writer import Progress, _open, _processes, _tasks
+from .shard_samples import Task, Unreadable
+from .shard_writer import Progress
 from .shards import sync_folder, write_file
 from .streams import generator
+from .write_tasks import in_order, open_to_write, processes_for, tasks_of
 
 _CHUNK = 8  # images that a process encodes at once
 _MODES = ("jpg", "raw")  # by FFCV's number
@@ -83,6 +79,7 @@ def _encode(image: np.ndarray, label: int, options: BetonOptions, name: str) -> 
     FFCV itself, which takes each process seconds to import, would encode JPEG in the smart mode only to measure it.
     """
     cv2 = import_ffcv("cv2")
+    cv2.setNumThreads(1)
     height, width = image.shape[:2]
     if options.max_side and max(height, width) > options.max_side:
         ratio = options.max_side / max(height, width)
@@ -111,47 +108,8 @@ def _encode_task(task: Task, source: Source | None, options: BetonOptions) -> _E
         return _encode(image, source.label(task.image), options, task.name)
     except UnreadableImage as error:
         return Unreadable(task.name, error.reason)
-
-
-_process: tuple[Source | None, BetonOptions] | None = None
-
-
-def _start(source: Source | None, options: BetonOptions) -> None:
-    """Make this a writer process."""
-    global _process
-    start_process(source, None, Encoding())
-    import_ffcv("cv2").setNumThreads(1)
-    _process = source, options
-
-
-def _encode_tasks(tasks: list[Task]) -> list[_Encoded | Unreadable]:
-    assert _process is not None
-    return [_encode_task(task, *_process) for task in tasks]
-
-
-def _encoded(
-    tasks: Iterator[Task], source: Source | None, options: BetonOptions, processes: int
-) -> Generator[_Encoded | Unreadable, None, None]:
-    """The images of `tasks` in their order; raises `DataError` where a process dies."""
-    if processes <= 1:
-        yield from (_encode_task(task, source, options) for task in tasks)
-        return
-    # Spawned: torch, which the parent has loaded, keeps threads that a fork would cut off.
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _start, (source, options))
-    waiting: deque[Any] = deque()
-    try:
-        while True:
-            while len(waiting) < 2 * processes and (chunk := list(itertools.islice(tasks, _CHUNK))):
-                waiting.append(pool.submit(_encode_tasks, chunk))
-            if not waiting:
-                return
-            yield from waiting.popleft().result()
-    except BrokenProcessPool:
-        raise DataError(
-            "A writer process died, often for want of memory: run the same command again with fewer processes."
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
+    except OSError as error:
+        return Unreadable(task.name, error.strerror or str(error))
 
 
 @contextlib.contextmanager
@@ -246,16 +204,15 @@ def write_beton(
     dest = os.path.expanduser(os.fspath(dest))
     if not dest.endswith(".beton"):
         raise DataError(f"{dest} does not end in .beton: name it so, or the reader will not know it.")
-    opened, root, about = _open(source, split, holdout)
+    opened, root, about = open_to_write(source, split, holdout)
     if opened.channels not in (None, 1, 3):
         raise DataError(f"The images have {opened.channels} channels, and FFCV stores RGB only: write shards.")
     try:
         with _aside(dest) as path:
             order = generator(seed, "shards", 0).permutation(len(opened)).tolist()
-            images = _encoded(
-                _tasks(opened, root, iter(order)), None if root else opened, options,
-                _processes(processes, len(order), root is not None),
-            )  # fmt: skip
+            tasks = tasks_of(opened, root, iter(order))
+            count = processes_for(processes, len(order), root is not None)
+            images = in_order(tasks, _encode_task, (None if root else opened, options), count)
             with contextlib.closing(images):
                 done, unreadable = _write(path, len(order), options, images, progress)
             Beton(path)  # checks it, before anything relies on it

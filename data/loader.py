@@ -186,6 +186,16 @@ class Loader:
         return batches(self._loader)
 
 
+def dead_worker(error: RuntimeError) -> DataError | None:
+    """A sentence in the place of torch's error for a loader worker that died, which comes at any point of the loop."""
+    if not str(error).startswith("DataLoader worker"):
+        return None
+    return DataError(
+        f"A loader worker died ({str(error).split(chr(10))[0]}); often memory or /dev/shm is used up: lower "
+        "loader.workers or loader.micro_batch."
+    )
+
+
 def batches(loader: DataLoader) -> Iterator[Batch]:
     """What `loader` yields, where a worker's `DataError` is raised here as one sentence without its traceback."""
     iterator = iter(loader)
@@ -196,12 +206,7 @@ def batches(loader: DataLoader) -> Iterator[Batch]:
             except StopIteration:
                 return
             except RuntimeError as error:
-                if not str(error).startswith("DataLoader worker"):
-                    raise
-                raise DataError(
-                    f"A loader worker died ({str(error).split(chr(10))[0]}); often memory or /dev/shm is used up: "
-                    "lower loader.workers or loader.micro_batch."
-                ) from None
+                raise dead_worker(error) or error from None
             if isinstance(item, Refusal):
                 raise DataError(item.message)
             yield item

@@ -13,6 +13,7 @@ import signal
 import tarfile
 import threading
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from typing import Any
@@ -224,20 +225,21 @@ def encode_task(task: Task, source: Any, classes: list[str] | None, encoding: En
         return Unreadable(task.name, error.strerror or str(error))
 
 
-_process: tuple[Any, list[str] | None, Encoding] | None = None
+_process: tuple[Callable[..., Any], tuple[Any, ...]] | None = None
 
 
-def start_process(source: Any, classes: list[str] | None, encoding: Encoding) -> None:
+def start_process(encode: Callable[..., Any], given: tuple[Any, ...]) -> None:
     """Make this a writer process: it leaves Ctrl-C to its parent, and does not outlive it."""
     global _process
-    _process = source, classes, encoding
+    _process = encode, given
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
 
 
-def encode_tasks(tasks: list[Task]) -> list[Sample | Unreadable]:
-    """The samples of `tasks`, in a process that `start_process` made."""
+def run_tasks(tasks: list[Task]) -> list[Any]:
+    """What becomes of `tasks`, in a process that `start_process` made."""
     assert _process is not None
-    return [encode_task(task, *_process) for task in tasks]
+    encode, given = _process
+    return [encode(task, *given) for task in tasks]

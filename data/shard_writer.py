@@ -5,21 +5,17 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import itertools
 import json
-import multiprocessing
 import os
 import re
 import zlib
-from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from .images import DataError, Source
-from .shard_samples import Encoding, Sample, Task, Unreadable, encode_task, encode_tasks, start_process
+from .shard_samples import Encoding, Sample, Unreadable, encode_task
 from .shards import (
     FORMAT,
     KINDS,
@@ -27,17 +23,14 @@ from .shards import (
     UNFINISHED,
     IndexProblem,
     ShardIndex,
-    Shards,
     index_path,
-    names_shards,
     read_manifest,
     sync_folder,
     write_file,
 )
-from .sources import open_source
 from .streams import generator
+from .write_tasks import in_order, open_to_write, processes_for, tasks_of
 
-_CHUNK = 8  # images that a writer process takes at once
 _END = bytes(1024)  # two empty blocks end a tar
 _LOCK = ".writing.lock"
 _OURS = re.compile(r"\.writing-.*|\.writing\.lock")
@@ -137,28 +130,6 @@ def save_manifest(folder: str, name: str, manifest: dict[str, Any]) -> None:
     write_file(os.path.join(folder, name), (json.dumps(manifest, indent=1) + "\n").encode())
 
 
-def _open(source: str | Source, split: str | None, holdout: float) -> tuple[Source, str | None, dict[str, Any]]:
-    """The source, the folder of its files where it has some, and what the manifest says of it."""
-    if split is None:  # everything there is to train on: what is written is not to be split a second time
-        holdout = 0.0
-    root: str | None = None
-    if not isinstance(source, str):
-        opened, path = source, type(source).__name__
-    elif names_shards(source):
-        opened, path = Shards(source, split), source
-    else:
-        # Images keep their own channels; the digits have one.
-        channels: Any = 1 if source == "digits" else None
-        opened, path = open_source(source, split or "train", channels, holdout), source
-        root = os.path.expanduser(source) if os.path.isdir(os.path.expanduser(source)) else None
-    crc32 = 0
-    for i in range(len(opened)):
-        name = os.path.relpath(opened.name(i), root) if root else opened.name(i)
-        crc32 = zlib.crc32(os.fsencode(f"{name}\0{opened.label(i) if root else ''}\n"), crc32)
-    return opened, root, {"path": path, "split": split or "train", "holdout": holdout, "images": len(opened),
-                          "crc32": crc32}  # fmt: skip
-
-
 @contextlib.contextmanager
 def _folder(dest: str, root: str | None) -> Iterator[None]:
     """Hold `dest` for this process; raises DataError where it cannot be written to or holds something else."""
@@ -233,51 +204,6 @@ def _finished(dest: str, shards: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return shards
 
 
-def _tasks(source: Source, root: str | None, order: Iterator[int]) -> Iterator[Task]:
-    for i in order:
-        name = source.name(i)
-        if root:
-            yield Task(f"{i:09d}", os.path.relpath(name, root), source.label(i), name)
-        else:
-            yield Task(f"{i:09d}", name, -1, i)
-
-
-def _samples(
-    tasks: Iterator[Task], source: Source | None, classes: list[str] | None, encoding: Encoding, processes: int
-) -> Generator[Sample | Unreadable, None, None]:
-    """The samples of `tasks` in their order; `source` may be None where they name files."""
-    if processes <= 1:
-        yield from (encode_task(task, source, classes, encoding) for task in tasks)
-        return
-    # Spawned: torch, which the parent has loaded, keeps threads that a fork would cut off.
-    pool = ProcessPoolExecutor(
-        processes, multiprocessing.get_context("spawn"), start_process, (source, classes, encoding)
-    )
-    waiting: deque[Any] = deque()
-    try:
-        while True:
-            while len(waiting) < 2 * processes and (chunk := list(itertools.islice(tasks, _CHUNK))):
-                waiting.append(pool.submit(encode_tasks, chunk))
-            if not waiting:
-                return
-            yield from waiting.popleft().result()
-    except BrokenProcessPool:
-        raise DataError(
-            "A writer process died, often for want of memory: run the same command again with fewer --processes; it "
-            "goes on after the last finished shard."
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _processes(wanted: int | None, images: int, files: bool) -> int:
-    """Writer processes. Those that read through a source load torch, which takes them seconds."""
-    if wanted is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        wanted = cores if images >= (1000 if files else 20_000) else 1
-    return min(wanted, -(-images // _CHUNK))
-
-
 def write_shards(
     source: str | Source,
     dest: str | os.PathLike[str],
@@ -299,7 +225,7 @@ def write_shards(
     """
     options = options or WriteOptions()
     dest = os.path.expanduser(os.fspath(dest))
-    opened, root, about = _open(source, split, holdout)
+    opened, root, about = open_to_write(source, split, holdout)
     now: dict[str, Any] = {"format": "elsewhere shards", "version": FORMAT, "source": about,
                            "options": asdict(options), "classes": opened.classes}  # fmt: skip
     with _folder(dest, root):
@@ -315,10 +241,10 @@ def write_shards(
         unreadable = [u for u in (earlier or {}).get("unreadable", ()) if u["position"] < start]
         manifest = {**now, "shards": shards, "unreadable": unreadable}
         order = generator(options.seed, "shards", 0).permutation(len(opened))[start:].tolist()
-        samples = _samples(
-            _tasks(opened, root, iter(order)), None if root else opened, opened.classes,
-            Encoding(options.max_side, options.quality), _processes(processes, len(order), root is not None),
-        )  # fmt: skip
+        tasks = tasks_of(opened, root, iter(order))
+        given = None if root else opened, opened.classes, Encoding(options.max_side, options.quality)
+        count = processes_for(processes, len(order), root is not None)
+        samples = in_order(tasks, encode_task, given, count, "; it goes on after the last finished shard")
         try:
             save_manifest(dest, UNFINISHED, manifest)
             with contextlib.closing(samples):

@@ -58,15 +58,15 @@ class StreamOrder:
             slots = epoch * len(samples) + np.arange(len(samples))
             reader = slots % self.streams
             totals = np.bincount(reader, samples, self.streams).astype(np.int64)
-            for stream in np.flatnonzero(left < totals).tolist():
+            for stream in np.flatnonzero((left >= 0) & (left < totals)).tolist():
                 own = reader == stream
                 ends = np.cumsum(samples[own])
                 nth = int(np.searchsorted(ends, left[stream], side="right"))
                 place = left[stream] - (ends[nth - 1] if nth else 0)
-                found.setdefault(stream, (int(slots[own][nth]), int(place)))
+                found[stream] = int(slots[own][nth]), int(place)
             if len(found) == self.streams:
                 return [found[stream] for stream in range(self.streams)]
-            left = np.where(left < totals, np.iinfo(np.int64).max, left - totals)
+            left -= totals  # below 0 for those that are found
         raise AssertionError("unreachable")
 
 

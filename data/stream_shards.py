@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import select
 import subprocess
 import time
 import zlib
@@ -23,6 +24,7 @@ from .shard_tar import key_of
 from .shards import FORMAT, MANIFEST, find_shards
 from .stream_order import StreamOrder, check_division, choose_streams
 
+SILENCE = 120.0  # seconds in which a command may write nothing
 PAUSES = (0.1, 0.4, 1.5)  # seconds before what broke off is opened again
 _PLACE_BITS = 24  # of a sample's id; the shard has the other 20 of 44
 _TAR = re.compile(r"([^/\s'\"]*\.tar)[^\s'\"|;)]*")
@@ -42,31 +44,55 @@ def _reason(error: Exception, url: str) -> str:
     return " ".join((text if missing == url else f"{missing}: {text}").split()) or type(error).__name__
 
 
+class _Written:
+    """What a command writes, as a file; raises OSError where nothing comes for two minutes, for curl waits for ever.
+
+    webdataset's own `read` raises as soon as the command has failed, and so loses by chance what that had written.
+    """
+
+    def __init__(self, descriptor: int):
+        self._descriptor = descriptor
+        self.ended = False
+        self._arrived = select.poll()
+        self._arrived.register(descriptor, select.POLLIN)
+
+    def read(self, size: int = -1) -> bytes:
+        chunks = []
+        while size:
+            if not self._arrived.poll(SILENCE * 1000):
+                raise OSError(f"nothing came for {SILENCE:g} s")
+            chunks.append(os.read(self._descriptor, size if size > 0 else 1 << 20))
+            if not chunks[-1]:
+                self.ended = True
+                break
+            size -= len(chunks[-1])  # below 0 it stays there
+        return b"".join(chunks)
+
+
 @contextlib.contextmanager
 def _opened(url: str) -> Iterator[Any]:
     """The bytes at `url` as a file; raises OSError where they, or the command that gives them, end with an error."""
-    from webdataset.gopen import gopen, set_options
+    from webdataset.gopen import gopen
 
     try:
         stream: Any = gopen(url)
     except Exception as error:
         raise OSError(_reason(error, url)) from None
     command: subprocess.Popen | None = getattr(stream, "proc", None)
-    # webdataset would raise as soon as it sees that a command has failed, and so lose by chance what that had written.
-    set_options(stream, ignore_errors=True)
+    file = _Written(stream.stream.fileno()) if command else stream
     try:
         failure = ""
         try:
-            yield stream
-            while command and stream.read(1 << 20):  # what follows a tar's end: commands wait until it is taken
+            yield file
+            while command and file.read(1 << 20):  # what follows a tar's end: commands wait until it is taken
                 pass
         except MemoryError:
             raise
         except Exception as error:
             failure = _reason(error, url)
-        if command:
+        if command and file.ended:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                if (status := command.wait(1)) not in stream.ignore_status:
+                if (status := command.wait(10)) not in stream.ignore_status:
                     failure = f"{failure or 'it ends early'} (its command ended with status {status})"
         if failure:
             raise OSError(failure)
@@ -159,7 +185,7 @@ def _expanded(path: str) -> list[str]:
         return find_shards(path)
     try:
         urls = wds.shardlists.expand_urls(path)
-    except ValueError as error:
+    except (ValueError, AssertionError) as error:  # asserted: that ${NAME} is set, as WDS_NAME
         raise DataError(f"data.path={path} cannot be expanded ({error}): check its braces.") from None
     scheme = urlparse(rewrite_url(urls[0])).scheme
     if scheme not in (*gopen_schemes, "file"):

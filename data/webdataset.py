@@ -80,8 +80,8 @@ class _Reading:
                 useless.add(slot.shard)
                 if len(useless) >= min(_ATTEMPTS, np.count_nonzero(self.stream.counts)):
                     raise DataError(
-                        f"{len(useless)} shard(s) in a row cannot be read, the last is {url} ({reason}): check "
-                        "data.path and what it is reached through."
+                        f"{len(useless)} shard(s) in a row cannot be read, the last is {url} "
+                        f"({reason or 'it has fewer images than data.streams'}): check data.path and how it is reached."
                     )
             while slot.shard in useless or not slot.samples:
                 slot = self.stream.order.slot(slot.number + self.stream.streams)

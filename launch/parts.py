@@ -15,6 +15,7 @@ from ..data.masks import Masks
 from ..data.order import Mixture, Order, Permutations, check_batch_sizes, epoch_length
 from ..data.shards import Shards
 from ..data.sources import Channels, Joined, Subset, open_source
+from ..data.stream_order import check_division
 from ..data.webdataset import Stream, is_remote
 from ..models.jepa import Jepa
 from ..models.mae import Mae
@@ -61,6 +62,9 @@ def assemble(config: Config, world: World, dataset: Any = None, val_dataset: Any
     batch = config.optim.batch_size
     micro = config.loader.micro_batch or max(1, batch // world.size)  # by default the rank's whole share
     check_batch_sizes(len(train), batch, micro, world.size)
+    workers = _workers(config, world, train)
+    if isinstance(train, Stream):
+        check_division(train.streams, world.size, workers, batch)
     method.compute_dtype, reason = choose_precision(config.engine.precision, world.device)
     length, accumulation = epoch_length(len(train), batch, config.data.remainder), batch // world.size // micro
     per_epoch = length / batch
@@ -72,7 +76,7 @@ def assemble(config: Config, world: World, dataset: Any = None, val_dataset: Any
         schedules=schedules, adversary_schedules=adversary_schedules(config, schedules),
         micro_batch=micro, accumulation=accumulation,
         steps_per_epoch=per_epoch, steps=length * config.optim.epochs // batch,
-        workers=_workers(config, world, train), images=_kind(train),
+        workers=workers, images=_kind(train),
         precision_reason=reason, gflops_per_image=_flops(method, first) / 1e9,
     )  # fmt: skip
 

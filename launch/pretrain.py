@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
+from ..data.loader import dead_worker
 from ..data.order import Plan
 from ..data.prefetch import OnDevice
 from ..data.readers import open_reader
@@ -152,9 +153,12 @@ def _train(
         )  # fmt: skip
         monitor.restart_clock()
         with upkeep:
-            result.steps = train(
-                engine, batches, parts.schedules, parts.adversary_schedules, monitor, upkeep, first, last
-            )
+            try:
+                result.steps = train(
+                    engine, batches, parts.schedules, parts.adversary_schedules, monitor, upkeep, first, last
+                )
+            except RuntimeError as error:
+                raise dead_worker(error) or error from None
             upkeep.signals.finish()
         result.complete = result.steps == last
         monitor.flush()

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..data.webdataset import Stream
 from .checkpoint import Checkpoints, Saved, lock
 from .config import Config, differences, result_settings
 from .engine.ddp import DdpEngine
@@ -47,6 +48,7 @@ def describe(config: Config, parts: Parts, step: int, ranks: int, before: dict |
         "epoch": step / parts.steps_per_epoch,
         "samples": len(parts.train),
         "images": parts.images,
+        "stream": parts.train.fingerprint if isinstance(parts.train, Stream) else None,
         "before": before,
         "config": config.to_dict(),
         "micro_batch": parts.micro_batch,
@@ -67,6 +69,8 @@ def check_same(config: Config, parts: Parts, saved: Saved, allow_change: bool) -
     images = saved.about.get("images", parts.images)
     if images != parts.images:
         changed.append(f"images, which come in another order there: {images} -> {parts.images}")
+    if isinstance(parts.train, Stream) and saved.about.get("stream") not in (None, parts.train.fingerprint):
+        changed.append("shards or data.streams, and with them the order of the images")
     changed += _efficiency_that_matters(config, parts, saved)
     if changed and not allow_change:
         fitting = not any(line.startswith(_SHAPES) for line in changed)

@@ -2,6 +2,7 @@
 
 import signal
 
+import psutil
 import pytest
 
 from elsewhere.launch.config import load_config
@@ -46,6 +47,21 @@ def test_a_signal_saves_and_leaves(number, tiny, uninterrupted, losses, start, w
     result = train(settings)
     assert result.complete
     assert losses(settings["run.dir"]) == uninterrupted
+
+
+@pytest.mark.slow
+def test_a_killed_loader_worker_ends_the_run_in_one_sentence(tiny, start, wait_for_step):
+    settings = {**tiny, "optim.epochs": 200, "loader.workers": 2}
+    process = start(settings)
+    wait_for_step(process, settings["run.dir"], 10)
+    command = psutil.Process(process.pid).cmdline()
+    workers = [child for child in psutil.Process(process.pid).children() if child.cmdline() == command]
+    assert len(workers) == 2
+    workers[0].kill()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 2, output
+    assert "elsewhere: A loader worker died" in output
+    assert "Traceback" not in output
 
 
 def test_another_start_of_a_complete_run_changes_nothing(tiny, losses, tmp_path):

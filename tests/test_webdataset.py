@@ -178,23 +178,22 @@ def test_ids_and_labels_are_those_of_the_index(written):
     assert labels == {i: shards.label((i >> 24) * 10 + (i & 0xFFFFFF)) for i in labels}
 
 
-def test_a_slot_is_shuffled_as_webdataset_shuffles_its_tar(written):
-    shards = stream(written, streams=1, global_batch=1)
-    slot = shards.order.slot(0)
-    assert slot.shard == permutation(SEED, 0, 5, "shards")[0]
-    high, low = words(SEED, "slot shuffle", 0, np.array([0]), 2)[0].tolist()
-    pipeline = wds.DataPipeline(
-        wds.SimpleShardList([shards.urls[slot.shard]]),
-        wds.tarfile_to_samples(),
-        wds.detshuffle(4, seed=high << 32 | low),
-    )
+@pytest.mark.parametrize("number", [0, 3, 8])
+def test_a_slot_is_shuffled_as_webdataset_shuffles_its_tar(written, number):
+    shards = stream(written, streams=1, global_batch=2)
+    slot = shards.order.slot(number)
+    assert slot.shard == permutation(SEED, number // 5, 5, "shards")[number % 5]
+    high, low = words(SEED, "slot shuffle", 0, np.array([number]), 2)[0].tolist()
+    shuffle = wds.detshuffle(4, seed=high << 32 | low)
+    pipeline = wds.DataPipeline(wds.SimpleShardList([shards.urls[slot.shard]]), wds.tarfile_to_samples(), shuffle)
     with tarfile.open(shards.urls[slot.shard]) as tar:
         keys = [name.removesuffix(".png") for name in tar.getnames() if name.endswith(".png")]
     expected = [keys.index(sample["__key__"]) for sample in pipeline]
     assert sorted(expected) == list(range(slot.samples))
     assert expected != sorted(expected)
-    found = seen(loader(shards, stop_step=slot.samples))
-    assert found == [(0, slot.shard << 24 | place) for place in expected]
+    before = sum(shards.order.slot(earlier).samples for earlier in range(number))
+    found = seen(loader(shards, start_step=before // 2, stop_step=(before + slot.samples) // 2))
+    assert found == [(slot.epoch, slot.shard << 24 | place) for place in expected]
 
 
 def test_another_seed_gives_another_order(written):
@@ -271,6 +270,13 @@ def test_faults_are_the_same_for_ranks_and_workers(folder):
     assert steps(one) == steps(*ranks)
     lines = [sorted(line for b in run for line in b.skipped) for run in (list(one), itertools.chain(*ranks))]
     assert lines[0] == lines[1]
+
+
+def test_a_fault_is_named_once_in_the_first_micro_batch_of_its_step(folder):
+    damage(folder)
+    one, halves = (list(loader(folder, micro_batch=micro)) for micro in (8, 4))
+    assert [b.skipped for b in halves[::2]] == [b.skipped for b in one]
+    assert not any(b.skipped for b in halves[1::2])
 
 
 def test_what_a_truncated_shard_lacks_is_replaced_by_its_first_images(folder):
@@ -358,9 +364,16 @@ def test_no_shard_at_all_is_one_sentence(folder, workers):
     for path in folder.glob("*.tar"):
         path.unlink()
     with pytest.raises(
-        DataError, match=r"^5 shard\(s\) in a row cannot be read, the last is .*No such file.*data\.path"
+        DataError, match=r"^5 shard\(s\) in a row cannot be read, the last is .*No such file.*: check data\.path"
     ):
         list(loader(shards, workers=workers))
+
+
+def test_a_shard_too_small_for_its_streams_is_said(tmp_path, images):
+    with wds.TarWriter(str(tmp_path / "small.tar")) as tar:
+        tar.write({"__key__": "only", "png": (images / "a" / "00.png").read_bytes()})
+    with pytest.raises(DataError, match=r"small\.tar \(it has fewer images than data\.streams\): check data\.path"):
+        list(loader(tmp_path, stream_options={"samples": 100}))
 
 
 def test_a_shard_of_broken_images_ends_with_one_sentence(tmp_path):
@@ -417,6 +430,14 @@ def test_nothing_that_a_failing_command_wrote_is_lost(folder, straight):
     shards = stream(f"pipe:cat {folder}/shard-{{000000..000004}}.tar")
     shards.urls = [f"{url}; exit 3" for url in shards.urls]
     assert steps(loader(shards)) == straight
+
+
+def test_a_command_that_falls_silent_is_given_up(folder, monkeypatch):
+    monkeypatch.setattr(stream_shards, "SILENCE", 0.2)
+    shards = stream(f"pipe:cat {folder}/shard-000000.tar", streams=1, global_batch=1)
+    shards.urls = [f"pipe:head -c 15000 {folder}/shard-000000.tar; exec sleep 20"]
+    (line,) = [line for b in loader(shards, stop_step=10) for line in b.skipped]
+    assert line.endswith("nothing came for 0.2 s; 7 of its 10 samples are replaced")
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -556,6 +577,7 @@ def test_samples_that_contradict_the_manifest_are_refused(folder):
     [
         ("s3://bucket/{000..002}.tar", {}, r"opens no s3: .*pipe:aws s3 cp s3://bucket"),
         ("http://127.0.0.1/{0..1.tar", {}, r"cannot be expanded .*: check its braces"),
+        ("pipe:curl ${NOWHERE}/0.tar", {}, r"cannot be expanded \(missing environment variable .*: check its braces"),
         ([], {}, r"data\.path is an empty list"),
         (None, {"streams": 3}, r"data\.streams=3 does not divide optim\.batch_size=8: choose 2 or 4\."),
         (None, {"shuffle_buffer": 0}, r"data\.shuffle_buffer=0 must be 1 or more"),
@@ -632,15 +654,15 @@ def test_a_killed_worker_is_one_sentence_within_seconds(written):
 def test_ending_early_leaves_no_process(folder, workers):
     before = children()
     shards = stream(f"pipe:cat {folder}/shard-{{000000..000004}}.tar")
-    shards.urls = [f"{url}; exec yes" for url in shards.urls]
+    shards.urls = [f"{url}; head -c 20000 /dev/zero; exec sleep 20" for url in shards.urls]
     batches = iter(loader(shards, workers=workers, stop_step=10**6))
     next(batches)
     assert len(children() - before) > workers
     begin = time.monotonic()
     batches.close()
-    while children() - before:
-        assert time.monotonic() - begin < 10
+    while children() - before and time.monotonic() - begin < 10:
         time.sleep(0.05)
+    assert time.monotonic() - begin < 10
 
 
 def test_a_second_pass_is_the_first(written):
