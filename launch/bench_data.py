@@ -28,7 +28,7 @@ from ..data.shards import Shards
 from ..data.streams import generator
 from ..data.webdataset import Stream
 
-_BATCH, _TURN = 16, 2  # images of a batch, and batches of a turn
+_BATCH = 16
 _BASELINE = "ImageFolder + Pillow"
 
 
@@ -41,7 +41,7 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def _pillow(folder: str, size: int, views: int) -> Callable[[int], Any]:
+def _pillow(folder: str, size: int, views: int) -> Callable[[], None]:
     """The baseline: torchvision's ImageFolder, Pillow's bicubic RandomResizedCrop, flip, ToTensor, Normalize."""
     from torchvision import datasets, transforms
 
@@ -52,15 +52,15 @@ def _pillow(folder: str, size: int, views: int) -> Callable[[int], Any]:
     ])  # fmt: skip
     source = datasets.ImageFolder(folder)
 
-    def read(turn: int) -> None:
-        for i in range(turn * _TURN * _BATCH, (turn + 1) * _TURN * _BATCH):
-            image = source[i % len(source)][0]
+    def read() -> None:
+        for i in range(len(source) // _batch(len(source)) * _batch(len(source))):
+            image = source[i][0]
             torch.stack([view(image) for _ in range(views)])
 
     return read
 
 
-def _ours(make: Callable[[Augment], Reader], size: int, views: int, on_device: bool = False) -> Callable[[int], Any]:
+def _ours(make: Callable[[Augment], Reader], size: int, views: int, on_device: bool = False) -> Callable[[], None]:
     """A reader of ours, which makes the same batches in every turn."""
     augment = Augment(
         size=size, crop_scale=(0.08, 1.0), interpolation="bicubic", blur=0.0, grayscale=0.0, views=views,
@@ -68,19 +68,24 @@ def _ours(make: Callable[[Augment], Reader], size: int, views: int, on_device: b
     )  # fmt: skip
     batches = OnDevice(make(augment), augment, torch.device("cpu"))
 
-    def read(_: int) -> None:
+    def read() -> None:
         for _batch in batches:
             pass
 
     return read
 
 
+def _batch(images: int) -> int:
+    return min(_BATCH, images)
+
+
 def _plan(images: int) -> Plan:
-    batch = min(_BATCH, images)
-    return Plan(seed=0, global_batch=batch, micro_batch=batch, stop_step=_TURN)
+    """One turn: every image once, but for the rest of a batch."""
+    batch = _batch(images)
+    return Plan(seed=0, global_batch=batch, micro_batch=batch, stop_step=images // batch)
 
 
-def _readers(images: str, packed: dict[str, str], size: int, views: int) -> dict[str, Callable[[int], Any]]:
+def _readers(images: str, packed: dict[str, str], size: int, views: int) -> dict[str, Callable[[], None]]:
     """What is compared, by name; each call reads one turn of images."""
     files = ImageFolder(images)
     plan, order = _plan(len(files)), Permutations(len(files), 0)
@@ -120,7 +125,7 @@ def _undecoded(packed: str, seconds: float = 1.0) -> float:
     return done / (time.process_time() - start)
 
 
-def bench_data(folder: str, images: int = 200, rounds: int = 9) -> dict[str, Any]:
+def bench_data(folder: str, images: int = 200, rounds: int = 5) -> dict[str, Any]:
     """Images per CPU-second on one core for one crop of 224 pixels and four of 112, readers in turns.
 
     `folder` holds folders of classes; its first `images` images are also written to shards and, where FFCV is
@@ -145,14 +150,13 @@ def bench_data(folder: str, images: int = 200, rounds: int = 9) -> dict[str, Any
         for size, views in ((224, 1), (112, 4)):
             readers = _readers(folder, packed, size, views)
             rates: dict[str, list[float]] = {name: [] for name in readers}
-            batch = _plan(len(os.listdir(chosen))).global_batch
+            plan = _plan(len(os.listdir(chosen)))
             for turn in range(rounds + 1):
                 for name, read in readers.items():
                     start = time.process_time()
-                    read(turn)
+                    read()
                     if turn:  # the first pays for imports, caches and FFCV's compiler
-                        done = _TURN * (_BATCH if name == _BASELINE else batch)
-                        rates[name].append(done / (time.process_time() - start))
+                        rates[name].append(plan.stop_step * plan.global_batch / (time.process_time() - start))
             base = statistics.median(rates[_BASELINE])
             for name, each in rates.items():
                 median = statistics.median(each)
