@@ -42,7 +42,7 @@ setup(
         "scikit-learn>=1.5",
         "simplejpeg>=1.8",
         "tensorboard>=2.16",
-        "webdataset>=1.0",
+        "webdataset>=1.0.2",
     ],
     extras_require={
         "test": [

@@ -23,10 +23,9 @@ import torch
 from .augment import Augment, crop_box
 from .batch import Batch
 from .decode import UnreadableImage, decode, luma, to_channels
-from .images import DataError
+from .images import DataError, Subset
 from .loader import MakeMasks, add_masks, read_or_replace
 from .order import Order, Plan, Request, Requests
-from .sources import Subset
 
 FORMAT, VERSION = "elsewhere beton", 1  # of the .json beside a beton
 

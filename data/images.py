@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -337,3 +338,54 @@ class TorchDataset:
 
     def name(self, i: int) -> str:
         return f"{self._name}[{i}]"
+
+
+class Channels:
+    """Another source with `channels` channels: grey repeated to RGB, RGB to luma.
+
+    Raises `DataError` for other changes.
+    """
+
+    def __init__(self, source: Source, channels: int):
+        if source.channels != channels and (source.channels, channels) not in ((1, 3), (3, 1)):
+            raise DataError(
+                f"The images have {source.channels} channel(s), but the recipe expects {channels}: "
+                f"set model.channels={source.channels}."
+            )
+        self.source = source
+        self.channels = channels
+        self.classes: list[str] | None = source.classes
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def read(self, i: int) -> np.ndarray:
+        return to_channels(self.source.read(i), self.channels, self.source.name(i))
+
+    def label(self, i: int) -> int:
+        return self.source.label(i)
+
+    def name(self, i: int) -> str:
+        return self.source.name(i)
+
+
+class Subset:
+    """The images `indices` of another source, in that order."""
+
+    def __init__(self, source: Source, indices: Sequence[int] | np.ndarray):
+        self.source = source
+        self.indices = np.asarray(indices, dtype=np.int64)
+        self.channels: int | None = source.channels
+        self.classes: list[str] | None = source.classes
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def read(self, i: int) -> np.ndarray:
+        return self.source.read(int(self.indices[i]))
+
+    def label(self, i: int) -> int:
+        return self.source.label(int(self.indices[i]))
+
+    def name(self, i: int) -> str:
+        return self.source.name(int(self.indices[i]))

@@ -8,10 +8,9 @@ from typing import Protocol
 from .augment import Augment
 from .batch import Batch
 from .ffcv import Beton, FfcvLoader
-from .images import Source
+from .images import Source, Subset
 from .loader import Loader, MakeMasks
 from .order import Order, Plan
-from .sources import Subset
 from .webdataset import Stream, StreamLoader
 
 

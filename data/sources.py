@@ -12,64 +12,23 @@ from typing import Any
 
 import numpy as np
 
-from .decode import to_channels
-from .images import DataError, Digits, ImageFolder, NoHeldOutImages, Source, TorchDataset, check_split
+from .ffcv import has_beton_val, names_beton, open_beton
+from .images import (
+    Channels,
+    DataError,
+    Digits,
+    ImageFolder,
+    NoHeldOutImages,
+    Source,
+    Subset,
+    TorchDataset,
+    check_split,
+)
 from .shards import Shards, braces, has_val, names_shards
 from .streams import generator
 
 _SPLIT_NAMES = {"train": ("train", "trainval", "train-standard"), "val": ("val", "valid", "validation", "test")}
 _MOST_HELD_OUT = 10_000
-
-
-class Channels:
-    """Another source with `channels` channels: grey repeated to RGB, RGB to luma.
-
-    Raises `DataError` for other changes.
-    """
-
-    def __init__(self, source: Source, channels: int):
-        if source.channels != channels and (source.channels, channels) not in ((1, 3), (3, 1)):
-            raise DataError(
-                f"The images have {source.channels} channel(s), but the recipe expects {channels}: "
-                f"set model.channels={source.channels}."
-            )
-        self.source = source
-        self.channels = channels
-        self.classes: list[str] | None = source.classes
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def read(self, i: int) -> np.ndarray:
-        return to_channels(self.source.read(i), self.channels, self.source.name(i))
-
-    def label(self, i: int) -> int:
-        return self.source.label(i)
-
-    def name(self, i: int) -> str:
-        return self.source.name(i)
-
-
-class Subset:
-    """The images `indices` of another source, in that order."""
-
-    def __init__(self, source: Source, indices: Sequence[int] | np.ndarray):
-        self.source = source
-        self.indices = np.asarray(indices, dtype=np.int64)
-        self.channels: int | None = source.channels
-        self.classes: list[str] | None = source.classes
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def read(self, i: int) -> np.ndarray:
-        return self.source.read(int(self.indices[i]))
-
-    def label(self, i: int) -> int:
-        return self.source.label(int(self.indices[i]))
-
-    def name(self, i: int) -> str:
-        return self.source.name(int(self.indices[i]))
 
 
 class Joined:
@@ -238,8 +197,6 @@ def open_source(
 
 
 def _open_one(path: str, split: str, channels: int | None, holdout: float, kind: str) -> Source:
-    from .ffcv import has_beton_val, names_beton, open_beton
-
     if kind in ("auto", "ffcv") and names_beton(path):
         if has_beton_val(path):
             return open_beton(path, split, channels)

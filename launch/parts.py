@@ -10,11 +10,11 @@ import numpy as np
 
 from ..data.augment import Augment
 from ..data.ffcv import Beton
-from ..data.images import DataError, Digits, ImageFolder, NoHeldOutImages, Source, TorchDataset
+from ..data.images import Channels, DataError, Digits, ImageFolder, NoHeldOutImages, Source, Subset, TorchDataset
 from ..data.masks import Masks
 from ..data.order import Mixture, Order, Permutations, check_batch_sizes, epoch_length
 from ..data.shards import Shards
-from ..data.sources import Channels, Joined, Subset, open_source
+from ..data.sources import Joined, open_source
 from ..data.stream_order import check_division
 from ..data.webdataset import Stream, is_remote
 from ..models.jepa import Jepa

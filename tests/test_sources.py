@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from elsewhere.data.images import DataError, NoHeldOutImages
+from elsewhere.data.images import DataError, NoHeldOutImages, Subset
 from elsewhere.data.shard_writer import WriteOptions, write_shards
-from elsewhere.data.sources import Joined, Subset, open_source
+from elsewhere.data.sources import Joined, open_source
 
 
 def folder(path, classes, each=4, start=0):
