@@ -178,22 +178,20 @@ def open_source(
     and `holdout` is 0.
     """
     check_split(split)
-    places = [place for one in ([path] if isinstance(path, str) else path) for place in _expanded(one)]
+    places = list(path) if not isinstance(path, str) else _expanded(path)
     if not places:
         raise DataError("data.path is an empty list: name at least one folder.")
-    if len(places) == 1:
+    if isinstance(path, str) and len(places) == 1:
         return _open_one(places[0], split, channels, holdout, kind)
-    if split == "train":
-        return Joined([_open_one(place, split, channels, holdout, kind) for place in places])
     found, missing = [], None
-    for place in places:
+    for place in places:  # of a list, each may be a pattern
         try:
-            found.append(_open_one(place, split, channels, holdout, kind))
+            found.append(open_source(place, split, channels, holdout, kind))
         except NoHeldOutImages as error:
             missing = error
     if missing and not found:
         raise missing
-    return Joined(found)
+    return found[0] if len(places) == 1 else Joined(found)
 
 
 def _open_one(path: str, split: str, channels: int | None, holdout: float, kind: str) -> Source:

@@ -148,8 +148,9 @@ def _order(config: Config, train: Source | Stream, length: int) -> Order | None:
     if isinstance(train, Stream):
         return None
     _, weights = config.data.places()
-    if weights is None or not isinstance(train, Joined):
+    if weights is None or len(weights) == 1:
         return Permutations(len(train), config.seed, length)
+    assert isinstance(train, Joined)
     if config.data.remainder == "drop":
         raise UserError("data.remainder=drop is not for weights in data.path: set data.remainder=carry.")
     return Mixture(train.sizes, weights, config.seed)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..data.sources import Joined
 from ..data.webdataset import Stream
 from .checkpoint import Checkpoints, Saved, lock
 from .config import Config, differences, result_settings
@@ -48,7 +49,7 @@ def describe(config: Config, parts: Parts, step: int, ranks: int, before: dict |
         "epoch": step / parts.steps_per_epoch,
         "samples": len(parts.train),
         "images": parts.images,
-        "stream": parts.train.fingerprint if isinstance(parts.train, Stream) else None,
+        "layout": _layout(parts),
         "before": before,
         "config": config.to_dict(),
         "micro_batch": parts.micro_batch,
@@ -57,6 +58,13 @@ def describe(config: Config, parts: Parts, step: int, ranks: int, before: dict |
         "ranks": ranks,
         "torch": torch.__version__,
     }
+
+
+def _layout(parts: Parts) -> int | list[int] | None:
+    """What beside the number of images decides their order: of a stream its shards, of several places their sizes."""
+    if isinstance(parts.train, Stream):
+        return parts.train.fingerprint
+    return parts.train.sizes if isinstance(parts.train, Joined) else None
 
 
 def check_same(config: Config, parts: Parts, saved: Saved, allow_change: bool) -> list[str]:
@@ -69,8 +77,9 @@ def check_same(config: Config, parts: Parts, saved: Saved, allow_change: bool) -
     images = saved.about.get("images", parts.images)
     if images != parts.images:
         changed.append(f"images, which come in another order there: {images} -> {parts.images}")
-    if isinstance(parts.train, Stream) and saved.about.get("stream") not in (None, parts.train.fingerprint):
-        changed.append("shards or data.streams, and with them the order of the images")
+    if images == parts.images and saved.about.get("layout") not in (None, _layout(parts)):
+        what = "shards or data.streams" if isinstance(parts.train, Stream) else "images of each place in data.path"
+        changed.append(f"{what}, and with them the order")
     changed += _efficiency_that_matters(config, parts, saved)
     if changed and not allow_change:
         fitting = not any(line.startswith(_SHAPES) for line in changed)

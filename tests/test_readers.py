@@ -85,8 +85,16 @@ def test_other_streams_are_refused(written, tiny, tmp_path):
     settings = {**tiny, **settings_of("webdataset", written), "data.streams": None}
     train(settings)  # 8 streams, of 8 shards
     fewer = f"{written}/shards/shard-{{000000..000006}}.tar"
-    with pytest.raises(UserError, match=r"shards or data\.streams, and with them the order of the images"):
+    with pytest.raises(UserError, match=r"shards or data\.streams, and with them the order"):
         train({**settings, "data.path": fewer})
+
+
+def test_other_sizes_of_several_places_are_refused(written, tiny, tmp_path):
+    one, other = (f"{written}/shards/shard-{{000000..00000{last}}}.tar" for last in (2, 3))
+    settings = {**tiny, "data.holdout": 0.5, "data.path": [one, other]}
+    train(settings)
+    with pytest.raises(UserError, match=r"images of each place in data\.path, and with them the order"):
+        train({**settings, "data.path": [other, one]})
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,13 @@ def test_braces_and_wildcards_name_folders(two, tmp_path, pattern):
     assert values(open_source(str(tmp_path / pattern), "train", 3, holdout=0)) == [*range(8), *range(50, 58)]
 
 
+def test_a_pattern_in_a_list_is_one_place_of_it(two, tmp_path):
+    source = open_source([str(tmp_path / "a?"), two[0]], "train", 3, holdout=0)
+    assert isinstance(source, Joined)
+    assert source.sizes == [16, 8]
+    assert values(source) == [*range(8), *range(50, 58), *range(8)]
+
+
 def test_each_of_several_folders_holds_out_its_share(two):
     train, val = (values(open_source(two, split, 3, holdout=0.25)) for split in ("train", "val"))
     assert sorted(train + val) == [*range(8), *range(50, 58)]
