@@ -46,7 +46,7 @@ class Parts:
     steps_per_epoch: float
     steps: int
     workers: int
-    images: str  # what holds them, and so decides which of them has which number
+    images: str  # what holds them, which decides their order and, with FFCV, their pixels
     precision_reason: str
     gflops_per_image: float
 
@@ -76,7 +76,7 @@ def assemble(config: Config, world: World, dataset: Any = None, val_dataset: Any
         schedules=schedules, adversary_schedules=adversary_schedules(config, schedules),
         micro_batch=micro, accumulation=accumulation,
         steps_per_epoch=per_epoch, steps=length * config.optim.epochs // batch,
-        workers=workers, images=_kind(train),
+        workers=workers, images=_kind(train, reader),
         precision_reason=reason, gflops_per_image=_flops(method, first) / 1e9,
     )  # fmt: skip
 
@@ -87,11 +87,11 @@ _KINDS = {
 }  # fmt: skip
 
 
-def _kind(train: Source | Stream) -> str:
-    """In a word, what holds the images."""
+def _kind(train: Source | Stream, reader: str) -> str:
+    """In a word, what holds the images, and who reads them."""
     while isinstance(train, (Subset, Channels)):
         train = train.source
-    return _KINDS.get(type(train), "data set")
+    return ".beton by FFCV" if reader == "ffcv" else _KINDS.get(type(train), "data set")
 
 
 def _flops(method: Method, masks: Masks) -> float:
@@ -135,6 +135,8 @@ def _stream(config: Config, paths: list[str], weights: list[float] | None) -> St
     data = config.data
     if weights:
         raise UserError("data.source=webdataset reads all shards alike: leave the weights out of data.path.")
+    if data.val_path:
+        raise UserError("data.val_path is for the probe, which streamed images do not have: leave it out.")
     if data.remainder == "drop":
         raise UserError("data.remainder=drop is not for data.source=webdataset: set data.remainder=carry.")
     return Stream(

@@ -76,7 +76,7 @@ def check_same(config: Config, parts: Parts, saved: Saved, allow_change: bool) -
         changed.append(f"images to train: {saved.about['samples']} -> {len(parts.train)}")
     images = saved.about.get("images", parts.images)
     if images != parts.images:
-        changed.append(f"images, which come in another order there: {images} -> {parts.images}")
+        changed.append(f"images, which come in another order or with other pixels: {images} -> {parts.images}")
     if images == parts.images and saved.about.get("layout") not in (None, _layout(parts)):
         what = "shards or data.streams" if isinstance(parts.train, Stream) else "images of each place in data.path"
         changed.append(f"{what}, and with them the order")

@@ -75,10 +75,19 @@ def test_adpe_trains_from_every_reader(kind, written, tiny_mae, losses, tmp_path
 def test_another_way_of_holding_the_images_is_refused(written, tiny, tmp_path):
     settings = {**tiny, **settings_of("shards", written), "checkpoint.every_steps": 10}
     train(settings)
-    with pytest.raises(UserError, match="images, which come in another order there: shards -> digits"):
+    with pytest.raises(UserError, match="images, which come in another order or with other pixels: shards -> digits"):
         train({**settings, "data.path": "digits"})
-    with pytest.raises(UserError, match="images, which come in another order there: shards -> streamed shards"):
+    with pytest.raises(
+        UserError, match="images, which come in another order or with other pixels: shards -> streamed shards"
+    ):
         train({**settings, "data.source": "webdataset"})
+
+
+def test_ffcvs_pixels_are_not_mixed_with_others(written, tiny):
+    settings = {**tiny, **settings_of("beton", written), "data.source": "auto"}
+    train(settings)
+    with pytest.raises(UserError, match=r"with other pixels: \.beton -> \.beton by FFCV"):
+        train({**settings, "data.source": "ffcv"})
 
 
 def test_other_streams_are_refused(written, tiny, tmp_path):
@@ -103,6 +112,7 @@ def test_other_sizes_of_several_places_are_refused(written, tiny, tmp_path):
         ({"data.streams": 4}, r"data\.streams belongs to data\.source=webdataset"),
         ({"data.samples": 4}, r"data\.samples belongs to data\.source=webdataset"),
         ({"data.source": "webdataset", "data.remainder": "drop"}, r"data\.remainder=drop is not for data\.source=web"),
+        ({"data.source": "webdataset", "data.val_path": "digits"}, r"data\.val_path is for the probe"),
         ({"data.source": "webdataset", "data.streams": 4, "loader.workers": 3}, r"data\.streams=4 does not divide"),
         ({"data.source": "ffcv"}, r"data\.source=ffcv, but data\.path=.* is not a \.beton file"),
     ],
