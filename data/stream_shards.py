@@ -154,7 +154,8 @@ def image_of(members: dict[str, bytes]) -> tuple[bytes, int] | None:
 def _manifest(url: str) -> tuple[dict[str, Any] | None, str]:
     """The manifest at `url`, or why there is none; raises DataError for one of another format."""
     text, reason = b"", ""
-    for pause in (*PAUSES, None) if is_remote(url) else (None,):
+    # curl, which opens the other URLs, tries again by itself, for a minute where there is no such host.
+    for pause in (*PAUSES, None) if url.startswith("pipe:") else (None,):
         try:
             with _opened(url) as stream:
                 text = stream.read()
