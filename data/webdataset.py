@@ -73,7 +73,8 @@ class _Reading:
                     f"A shard cannot be read to its end ({url}: {reason}): repair or replace it, or set "
                     "data.on_error=skip."
                 )
-            notes.append(f"{url}: {reason}; {lacking} of its {slot.samples} samples are replaced")
+            # Once for each image: what is skipped is counted by its lines, and a line is printed once.
+            notes += [f"{url}: {reason}; {lacking} of its {slot.samples} samples are replaced"] * lacking
         readable, useless = given, set()
         while lacking:
             if not readable:
