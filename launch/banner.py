@@ -19,7 +19,24 @@ from .world import World
 
 
 def _millions(module: nn.Module) -> str:
-    return f"{sum(p.numel() for p in module.parameters()) / 1e6:.2f} M"
+    # Of a weight that ZeRO 3 has divided, the whole is known as ds_numel.
+    return f"{sum(getattr(p, 'ds_numel', p.numel()) for p in module.parameters()) / 1e6:.2f} M"
+
+
+def _engine(config: Config, world: World) -> str:
+    """How weights and their states lie on the ranks, and what else costs or saves memory."""
+    section = config.engine
+    what = "one process" if world.size == 1 else f"a replica on each of {world.size} ranks"
+    if section.kind == "deepspeed":
+        what = f"DeepSpeed, {section.deepspeed}, {world.size} ranks"
+    elif section.kind == "fsdp":
+        what = f"FSDP2, divided over {world.size // section.replicas} ranks"
+        what += f", {section.replicas} replicas" if section.replicas > 1 else ""
+        what += ", offloaded to the host" if section.offload else ""
+    policy = section.activation_checkpointing
+    if policy != "none":
+        what += f", {policy} activation checkpointing" if isinstance(policy, str) else f", every {policy}th block again"
+    return what + (", compiled blocks" if section.compile else "")
 
 
 def _trained(config: Config, method: Method) -> str:
@@ -70,6 +87,7 @@ def banner(console: Console, config: Config, world: World, parts: Parts, start: 
     lines = {
         "run": f"{config.run.dir}  (recipe: {config.about})" if config.about else config.run.dir,
         "hardware": f"{hardware(world)}, torch {torch.__version__}",
+        "engine": _engine(config, world),
         "precision": f"{dtype} ({parts.precision_reason}); parameters{teacher} float32",
         "model": f"{_trained(config, method)}, {rows}×{columns} patches, {parts.gflops_per_image:.3g} GFLOP an image",
         "data": f"{len(parts.train):,} images ({parts.images}) to train{views}, {held_out}, "

@@ -110,27 +110,23 @@ def _build(recipe: str, overrides: list[str], batch: int | None):
     import torch
 
     from ..data.batch import Batch
-    from .build import build_adversary, build_masks, build_method, build_optimizer
-    from .engine.ddp import DdpEngine
-    from .engine.precision import LossScaler, choose_precision
+    from .build import build_masks, build_method
+    from .engine.choose import build_engine
+    from .engine.precision import choose_precision
     from .monitor import hardware
-    from .world import World, pick_device
+    from .world import join
 
     config = load_config(recipe, overrides)
-    world = World(device=pick_device(config.engine.device, 0))
+    world = join(config.engine.device, group=config.engine.kind != "ddp")
     cuda = world.device.type == "cuda"
     batch = batch or config.loader.micro_batch or (128 if cuda else 8)
     before = _resident("VmRSS")
     method = build_method(config)
     masks = build_masks(config, method.encoder.grid)
     method.compute_dtype, _ = choose_precision(config.engine.precision, world.device)
-    adversary = build_adversary(config, method)
-    method.to(world.device)
-    engine = DdpEngine(
-        method, build_optimizer(config, method), world, LossScaler(config.engine.precision == "float16"),
-        clip_grad=config.optim.clip_grad, clip_scope=config.optim.clip_scope,
-        adversary=adversary.to(world.device) if adversary else None,
-    )  # fmt: skip
+    # Batches here are of one micro-batch, whatever the recipe's.
+    config = config.model_copy(update={"optim": config.optim.model_copy(update={"batch_size": batch})})
+    engine = build_engine(config, method, world, batch, 1)
     for group in engine.optimizer.param_groups:  # a rate at which nothing runs away, whatever the recipe's
         group["lr"] = 1e-6
     ids = np.arange(batch)
@@ -149,7 +145,7 @@ def _build(recipe: str, overrides: list[str], batch: int | None):
         for _ in range(steps):
             engine.forward_backward(data, 0)
             if engine.step(1e-6):
-                method.after_step(0.99)
+                engine.after_step(0.99)
         if cuda:
             torch.cuda.synchronize()
         return time.perf_counter() - start

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 import shutil
+import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
+from torch import Tensor
 
+from . import portable
 from .errors import UserError
+from .portable import Piece
+from .tensor_files import read_tensors
+from .world import World
 
-FORMAT = 1
+FORMAT = 2
 _CHUNK = 1 << 24
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -28,9 +36,13 @@ class Saved:
     step: int
     about: dict[str, Any]
 
-    def load(self, device: torch.device | str = "cpu") -> dict[str, Any]:
-        """The saved state, tensors on `device`."""
-        return torch.load(self.path / "state.pt", map_location=device, weights_only=True)
+    def tensors(self, prefix: str) -> dict[str, Tensor]:
+        """The whole tensors whose names begin so, in host memory; of an I-JEPA `method.teacher.` are its teacher's."""
+        return read_tensors(self.path, lambda name: name.startswith(prefix))
+
+    def fill(self, pieces: Mapping[str, Piece]) -> None:
+        """Read the pieces of a rank, in place; raises ValueError for one that is not there, or not with this shape."""
+        portable.read(self.path, pieces)
 
 
 def _crc32(path: Path) -> int:
@@ -70,10 +82,12 @@ def inspect(path: Path) -> Saved:
 
 
 class Checkpoints:
-    """The checkpoints of one run, in `run/checkpoints/step-00000123`."""
+    """The checkpoints of one run, in `run/checkpoints/step-00000123`, written beside the training that goes on."""
 
-    def __init__(self, run: Path, keep: int = 2):
-        self.folder, self.keep = run / "checkpoints", keep
+    def __init__(self, run: Path, keep: int = 2, world: World | None = None):
+        self.folder, self.keep, self.world = run / "checkpoints", keep, world or World()
+        self._thread: ThreadPoolExecutor | None = None
+        self._writing: Future | None = None
 
     def folders(self) -> list[Path]:
         """Complete checkpoints, oldest first (incomplete ones never get such a name)."""
@@ -89,37 +103,89 @@ class Checkpoints:
                 complaints.append(f"{path} is damaged: {error}.")
         return None, complaints
 
-    def save(self, state: dict[str, Any], about: dict[str, Any], permanent: bool = False) -> Path:
-        """Write a checkpoint of `about["step"]`, then drop those beyond the last `keep` that are not permanent.
+    def save(self, pieces: Mapping[str, Piece], about: dict[str, Any], permanent: bool = False) -> None:
+        """Begin to write a checkpoint of `about["step"]` from every rank's pieces, which are copied first.
 
-        A folder of that name that stands there already was found damaged: it is set aside, not overwritten.
-        Raises UserError if the disk does not take it; the earlier checkpoints stay.
+        When it is complete, those beyond the last `keep` that are not permanent are dropped. A folder of that name
+        that stands there already was found damaged: it is set aside, not overwritten. One checkpoint is written at a
+        time: this waits for the one before, and raises what that met (see `finish`). Every rank calls this.
         """
+        self.finish()
+        copies = portable.staged(pieces)
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._writing = self._thread.submit(self._write, copies, about, permanent)
+
+    def failed(self) -> bool:
+        """Whether this rank knows of a failure that `finish` will raise."""
+        return self._writing is not None and self._writing.done() and self._writing.exception() is not None
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that is being written; every rank calls this.
+
+        Raises UserError on every rank if a disk did not take it; the earlier checkpoints stay.
+        """
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            self.world.agree(writing.result)
+
+    def close(self) -> None:
+        """Let the thread go, after what it is doing."""
+        if self._thread is not None:
+            self._thread.shutdown()
+            self._thread = None
+
+    def _write(self, pieces: dict[str, Piece], about: dict[str, Any], permanent: bool) -> None:
+        """What the thread does on every rank, over a process group of its own."""
         final = self.folder / f"step-{about['step']:08d}"
         aside = self.folder / f".writing-{final.name}"
+        world = self.world
+        with contextlib.suppress(AttributeError, OSError):  # Linux: threads have priorities of their own
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+
+        def begin() -> None:
+            if world.first:
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.mkdir(parents=True)
+
+        def checksums() -> dict[str, Any]:
+            paths = portable.files_of_rank(aside, world.rank)
+            return {path.name: {"bytes": path.stat().st_size, "crc32": _crc32(path)} for path in paths}
+
         try:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-            file = aside / "state.pt"
-            torch.save(state, file)
-            _sync(file)
-            facts = {"state.pt": {"bytes": file.stat().st_size, "crc32": _crc32(file)}}
-            text = json.dumps({**about, "format": FORMAT, "permanent": permanent, "files": facts}, indent=1)
-            (aside / "about.json").write_text(text)
-            _sync(aside / "about.json")
-            _sync(aside)
-            if final.exists():
-                final.rename(_free_name(self.folder / f"damaged-{final.name}"))
-            aside.rename(final)
-            _sync(self.folder)
-        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-            shutil.rmtree(aside, ignore_errors=True)
+            self._all(begin)
+            portable.write(aside, pieces, world.writing_group)
+            parts = self._all(checksums)
+            if world.first:
+                files = {name: facts for part in parts for name, facts in part.items()}
+                text = json.dumps({**about, "format": FORMAT, "permanent": permanent, "files": files}, indent=1)
+                (aside / "about.json").write_text(text)
+                _sync(aside / "about.json")
+                _sync(aside)
+                if final.exists():
+                    final.rename(_free_name(self.folder / f"damaged-{final.name}"))
+                aside.rename(final)
+                _sync(self.folder)
+                self._prune()
+        except OSError as error:
+            if world.first:
+                shutil.rmtree(aside, ignore_errors=True)
             raise UserError(
                 f"The checkpoint of step {about['step']} could not be written to {self.folder} ({error}); "
                 "make room and start the same command again: it continues from the checkpoint before."
             ) from error
-        self._prune()
-        return final
+
+    def _all(self, do: Callable[[], T]) -> list[T]:
+        """What `do` gives on every rank; an OSError of one is raised on all, so that none waits for ever."""
+        try:
+            mine = do(), None
+        except OSError as error:
+            mine = None, str(error)
+        found = self.world.gather_writing(mine)
+        for _, failure in found:
+            if failure is not None:
+                raise OSError(failure)
+        return [value for value, _ in found]
 
     def _prune(self) -> None:
         for path in self.folders()[: -self.keep]:

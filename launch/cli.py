@@ -20,7 +20,9 @@ import json  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
 from importlib.metadata import version  # noqa: E402
 
+from .consolidate import add_consolidate_command, run_consolidate  # noqa: E402
 from .errors import UserError  # noqa: E402
+from .inspect_path import add_inspect_command, run_inspect  # noqa: E402
 from .shards import add_shards_command, run_shards  # noqa: E402
 
 
@@ -49,6 +51,8 @@ def _parser() -> argparse.ArgumentParser:
     recipe_command("show", "Print a recipe with its bases and overrides merged.")
     commands.add_parser("configs", help="List the packaged recipes.", description="List the packaged recipes.")
     add_shards_command(commands)
+    add_inspect_command(commands)
+    add_consolidate_command(commands)
     bench = commands.add_parser("bench", help="Measure a part on this machine.").add_subparsers(
         dest="part", required=True, metavar="PART"
     )
@@ -180,4 +184,5 @@ def _bench(arguments: argparse.Namespace) -> int:
     return 0
 
 
-_COMMANDS = {"pretrain": _pretrain, "show": _show, "configs": _configs, "bench": _bench, "shards": run_shards}
+_COMMANDS = {"pretrain": _pretrain, "show": _show, "configs": _configs, "bench": _bench, "shards": run_shards,
+             "inspect": run_inspect, "consolidate": run_consolidate}  # fmt: skip

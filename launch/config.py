@@ -237,9 +237,14 @@ class Init(Section):
 
 
 class Engine(Section):
-    kind: Literal["ddp"] = "ddp"
+    kind: Literal["ddp", "fsdp", "deepspeed"] = "ddp"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    deepspeed: str = "zero2"  # deepspeed: a setting of ds_configs, or a JSON file
+    replicas: Count = 1  # fsdp: groups of ranks that each hold the whole model among them (HSDP)
+    offload: bool = False  # fsdp: weights and optimiser state in host memory
+    activation_checkpointing: Literal["none", "selective", "full"] | Annotated[int, Field(ge=2)] = "none"
+    compile: bool = False  # the blocks, by torch.compile
 
 
 class LoaderSection(Section):

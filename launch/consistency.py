@@ -82,7 +82,7 @@ def contradiction(config: Config) -> str | None:
             "method.normalise_pixels divides by the deviation within a patch, and a patch of one number has none; set "
             "model.patch_size=2 or more, or method.normalise_pixels=false"
         )
-    return _of_relative(config) or _of_adversary(config)
+    return _of_relative(config) or _of_adversary(config) or _of_engine(config)
 
 
 def _of_relative(config: Config) -> str | None:
@@ -151,4 +151,19 @@ def _of_adversary(config: Config) -> str | None:
             "method.adversary.mode=embedding adds a vector to a contextual table; set model.relative.mode=contextual "
             "and model.relative.method=product, euclidean or quantised"
         )
+    return None
+
+
+_OF_ENGINE = {"deepspeed": "deepspeed", "replicas": "fsdp", "offload": "fsdp"}
+
+
+def _of_engine(config: Config) -> str | None:
+    engine = config.engine
+    for name, kind in _OF_ENGINE.items():
+        if engine.kind != kind and _unset(engine, name):
+            value = str(getattr(engine, name)).lower() if name == "offload" else getattr(engine, name)
+            return (
+                f"engine.{name}={value} belongs to engine.kind={kind}, and this is {engine.kind}; set "
+                f"engine.kind={kind} as well, or leave it out"
+            )
     return None

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 import pickle
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..models.jepa import Jepa
@@ -17,6 +21,7 @@ from .build import build_encoder, pixel_statistics
 from .checkpoint import Checkpoints, Saved, inspect
 from .config import Config, load_config
 from .errors import UserError
+from .tensor_files import TensorFiles
 
 
 def find_checkpoint(path: Path) -> Saved | None:
@@ -38,34 +43,71 @@ def find_checkpoint(path: Path) -> Saved | None:
 
 
 def encoder_state(path: Path, which: str = "teacher") -> tuple[dict[str, Tensor], str, Config | None]:
-    """An encoder's state from a run, a checkpoint folder or a released `.pth` file, what it is, and its configuration.
+    """An encoder's state, what it is, and its configuration where it is known.
 
-    `which` is teacher or student, where there are two. Raises UserError if there is nothing that can be read.
+    `path` is a run, a checkpoint folder, a file by `elsewhere consolidate` or a released `.pth` file; `which` is
+    teacher or student, where there are two. Raises UserError if there is nothing that can be read.
     """
     if path.is_dir():
         saved = find_checkpoint(path)
         if saved is None:
             raise UserError(f"{path} holds neither a run nor a checkpoint.")
-        state = saved.load()["engine"]["method"]
-        taught = any(name.startswith("teacher.") for name in state)
-        prefix, what = ("teacher.", "teacher") if taught and which == "teacher" else ("encoder.", "encoder")
+        files = TensorFiles(saved.path)
+        prefix, what = _encoder_prefix({name.removeprefix("method.") for name in files.described}, which)
+        prefix = f"method.{prefix}"
+        state = dict(files.items(lambda name: name.startswith(prefix)))
         return _part(state, prefix), f"the {what} of {saved.path}", Config.model_validate(saved.about["config"])
     if not path.is_file():
-        raise UserError(f"{path} does not exist; give a run, a checkpoint folder or a released checkpoint file.")
+        raise UserError(f"{path} does not exist; give a run, a checkpoint folder, or a file of weights.")
+    if path.suffix == ".safetensors":
+        return _consolidated_state(path, which)
+    state = released_content(path)
+    key = "target_encoder" if which == "teacher" else "encoder"
+    if isinstance(state.get("model"), dict):
+        return _part(from_released_mae(state["model"])[0], "encoder."), f"the encoder of {path}", None
+    if key not in state:
+        raise UserError(f"{path} is not a released StoP, I-JEPA or AdPE checkpoint: it has no {key} and no model.")
+    return from_released_encoder(state[key]), f"the {key} of {path}", None
+
+
+def _encoder_prefix(names: Iterable[str], which: str) -> tuple[str, str]:
+    """The prefix of the wanted encoder's tensors in a method's, and what it is: there may be no teacher."""
+    taught = any(name.startswith("teacher.") for name in names)
+    return ("teacher.", "teacher") if taught and which == "teacher" else ("encoder.", "encoder")
+
+
+def _consolidated_state(path: Path, which: str) -> tuple[dict[str, Tensor], str, Config | None]:
+    """As `encoder_state`, from a `.safetensors` file; one without metadata holds an encoder under its own names."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            part, config = metadata.get("elsewhere.part", "student"), metadata.get("elsewhere.config")
+            names = list(file.keys())
+            prefix, what = _encoder_prefix(names, which) if part == "all" else ("", part)
+            if part not in ("all", "teacher", "student"):
+                raise UserError(f"{path} holds the {part}, which is no encoder; consolidate its run with --part "
+                                "teacher or student.")  # fmt: skip
+            if part == "teacher" and which == "student":
+                raise UserError(f"{path} holds the teacher alone; consolidate its run with --part student, or leave "
+                                "out which.")  # fmt: skip
+            state = {name: file.get_tensor(name) for name in names if name.startswith(prefix)}
+        described = Config.model_validate(json.loads(config)) if config else None
+    except (OSError, SafetensorError, ValueError) as error:  # a ValidationError of pydantic is a ValueError
+        raise UserError(f"{path} cannot be read as weights: {str(error).splitlines()[0]}") from error
+    return _part(state, prefix), f"the {what} of {path}", described
+
+
+def released_content(path: Path) -> dict[str, Any]:
+    """What a released `.pth` file holds; UserError if it cannot be read, or holds more than tensors and arguments."""
     try:
         # The released AdPE saves its arguments, too: a plain namespace, and nothing else beside tensors is allowed.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
         raise UserError(
             f"{path} cannot be read as weights: {(str(error) or type(error).__name__).splitlines()[0]}"
         ) from error
-    key = "target_encoder" if which == "teacher" else "encoder"
-    if isinstance(state, dict) and isinstance(state.get("model"), dict):
-        return _part(from_released_mae(state["model"])[0], "encoder."), f"the encoder of {path}", None
-    if not isinstance(state, dict) or key not in state:
-        raise UserError(f"{path} is not a released StoP, I-JEPA or AdPE checkpoint: it has no {key} and no model.")
-    return from_released_encoder(state[key]), f"the {key} of {path}", None
+    return content if isinstance(content, dict) else {}
 
 
 def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -103,9 +145,10 @@ def _take_up(encoder: Encoder, state: dict[str, Tensor], what: str) -> None:
 def load(path: str | Path, which: str = "teacher", recipe: str | None = None) -> Encoder:
     """The pre-trained encoder of a run or checkpoint, in evaluation mode, with timm's feature interface.
 
-    `which` is teacher or student (a masked autoencoder has but one encoder); a released checkpoint file needs the
-    `recipe` that describes its encoder, e.g. `published/stop_vit_b16`. The normalisation that it was trained with is
-    in `encoder.pixel_mean` and `pixel_std`.
+    `path` may also be a file by `elsewhere consolidate`. `which` is teacher or student (a masked autoencoder has but
+    one encoder); a released checkpoint file, or a bare safetensors file, needs the `recipe` that describes its
+    encoder, e.g. `published/stop_vit_b16`. The normalisation that it was trained with is in `encoder.pixel_mean` and
+    `pixel_std`.
     Raises UserError if it cannot be read.
     """
     if which not in ("teacher", "student"):
@@ -123,7 +166,7 @@ def load(path: str | Path, which: str = "teacher", recipe: str | None = None) ->
 
 
 def start_from(method: Method, path: str) -> str:
-    """Give the encoder (and teacher) the weights at `path` (a run, a checkpoint, a released file); says what it took.
+    """Give the encoder (and teacher) the weights at `path` (see `encoder_state`); says what it took.
 
     Raises UserError if the file cannot be read or holds another encoder's weights.
     """

@@ -9,13 +9,13 @@ import torch
 
 from ..data.batch import Batch
 from ..models.jepa import Jepa
-from .engine.ddp import DdpEngine
+from .engine.base import Engine
 from .monitor import Monitor
 from .optim import Schedules, set_step
 
 
 def train(
-    engine: DdpEngine,
+    engine: Engine,
     loader: Iterable[Batch],
     schedules: Schedules,
     adversary_schedules: Schedules,
@@ -41,7 +41,7 @@ def train(
             redraws, skipped, images = redraws + batch.redraws, skipped + batch.skipped, images + len(batch)
         applied = engine.step(adversary_schedules.lr_at(step))
         if applied:  # a skipped step leaves the teacher where it is
-            engine.method.after_step(schedules.momentum_at(step))  # pyright: ignore
+            engine.after_step(schedules.momentum_at(step))
         if engine.clipped_norm is not None:
             scalars["gradient_norm"] = engine.clipped_norm.float()
         if batch.targets is not None:
@@ -62,6 +62,8 @@ def train(
         if engine.scaler.enabled:
             facts |= {"loss_scale": engine.scaler.value, "skipped_steps": float(engine.scaler.skipped)}
         monitor.record(total, scalars, facts, wait)
+        if not applied:
+            monitor.say_skip(engine.overflow_in, engine.scaler.value if engine.scaler.enabled else None)
         if upkeep(step + 1, batch, last):
             return step + 1
     return last

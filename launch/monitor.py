@@ -111,6 +111,21 @@ class Monitor:
         if self.step % self.every == 0:
             self.flush()
 
+    def say_skip(self, where: str, scale: float | None) -> None:
+        """Note that the last step was skipped and what the loss scale is now; every rank calls this.
+
+        Raises NonFiniteLoss where there is no scale to lower: outside float16 no step may be skipped.
+        """
+        step = self.step - 1
+        if scale is None:
+            self.flush()  # which names the rank whose loss is not finite
+            raise NonFiniteLoss(
+                f"The gradients of step {step} are not finite although the losses of all ranks (0 to "
+                f"{self.world.size - 1}) are; the last checkpoint is from before it. Lower optim.lr, or use "
+                "engine.precision=float32."
+            )
+        self.note({"reason": f"gradients of the {where} overflowed in float16", "loss_scale": scale}, "skipped")
+
     def flush(self) -> None:
         """Read and write what is pending; raises NonFiniteLoss."""
         if not self._pending:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 
@@ -175,12 +177,14 @@ def set_step(optimizer: Optimizer, schedules: Schedules, step: int) -> None:
         group["weight_decay"] = weight_decay if group["decayed"] else 0.0
 
 
-def clip_gradients(method: nn.Module, max_norm: float, scope: str = "all") -> Tensor | None:
-    """Clip the gradient norm of the method, or of its encoder alone (`scope="encoder"`, as released); 0 is off.
+def clip_gradients(parameters: Mapping[str, nn.Parameter], max_norm: float, scope: str = "all") -> Tensor | None:
+    """Clip the gradient norm of all named parameters, or of the encoder's (`scope="encoder"`, as released); 0 is off.
 
     Returns the norm before clipping, or None where nothing is clipped.
     """
     if not max_norm:
         return None
-    module = method.get_submodule("encoder") if scope == "encoder" else method
-    return torch.nn.utils.clip_grad_norm_([p for p in module.parameters() if p.grad is not None], max_norm)
+    prefix = "encoder." if scope == "encoder" else ""
+    chosen = [p for name, p in parameters.items() if name.startswith(prefix) and p.grad is not None]
+    norm = torch.nn.utils.clip_grad_norm_(chosen, max_norm)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -17,11 +17,10 @@ from ..data.prefetch import OnDevice
 from ..data.readers import open_reader
 from ..data.webdataset import Stream
 from .banner import accuracy, banner, summary
-from .build import build_adversary, build_optimizer
 from .checkpoint import Checkpoints
 from .config import Config, load_config
-from .engine.ddp import DdpEngine
-from .engine.precision import LossScaler
+from .engine.base import Engine
+from .engine.choose import build_engine, check_engine
 from .load import start_from
 from .loop import train
 from .monitor import Monitor, peak_tflops, say
@@ -61,13 +60,15 @@ def pretrain(
     Raises UserError or DataError for anything that a user can mend, NonFiniteLoss for a run that diverged.
     """
     config = recipe if isinstance(recipe, Config) else load_config(recipe, overrides)
-    world = join(config.engine.device)
+    world = join(config.engine.device, group=config.engine.kind != "ddp")
     held: list[int] = []
+    checkpoints: Checkpoints | None = None
     try:
         run = Path(str(config.run.dir))
-        checkpoints = Checkpoints(run, config.checkpoint.keep)
+        checkpoints = Checkpoints(run, config.checkpoint.keep, world)
         saved, complaints = world.first_decides(lambda: open_run(run, checkpoints, fresh, held))
         parts = world.agree(lambda: assemble(config, world, dataset, val_dataset))
+        world.agree(lambda: check_engine(config, world, parts.micro_batch, parts.accumulation))
         notes = world.agree(lambda: check_same(config, parts, saved, allow_config_change) if saved else [])
         start = "fresh weights"
         if saved:
@@ -75,14 +76,7 @@ def pretrain(
         elif config.init.from_:
             path = config.init.from_
             start = f"encoder weights from {world.agree(lambda: start_from(parts.method, path))}"
-        method = parts.method.to(world.device)
-        optimizer = world.agree(lambda: build_optimizer(config, method))
-        adversary = world.agree(lambda: build_adversary(config, parts.method))
-        engine = DdpEngine(
-            method, optimizer, world, LossScaler(config.engine.precision == "float16"),
-            parts.accumulation, config.optim.clip_grad, config.optim.clip_scope,
-            adversary.to(world.device) if adversary else None,
-        )  # fmt: skip
+        engine = world.agree(lambda: build_engine(config, parts.method, world, parts.micro_batch, parts.accumulation))
         if saved:
             world.agree(lambda: restore(engine, saved))
         console = console or Console()
@@ -98,6 +92,8 @@ def pretrain(
             summary(console, run, result.steps, result.before, result.after)
         return result
     finally:
+        if checkpoints:
+            checkpoints.close()
         world.close()
         for descriptor in held:
             os.close(descriptor)
@@ -107,7 +103,7 @@ def _train(
     config: Config,
     world: World,
     parts: Parts,
-    engine: DdpEngine,
+    engine: Engine,
     checkpoints: Checkpoints,
     console: Console,
     result: Result,
@@ -127,9 +123,8 @@ def _train(
         if parts.val is None or isinstance(parts.train, Stream):
             return None
         found = probe(
-            parts.method, parts.train, parts.val, config.probe, config.data.interpolation, config.seed, world,
-            parts.workers,
-        )  # fmt: skip
+            engine, parts.train, parts.val, config.probe, config.data.interpolation, config.seed, parts.workers
+        )
         if found is None:
             monitor.say("No probe: the images have no labels of two classes or more.")
         elif world.first:
@@ -149,7 +144,7 @@ def _train(
         batches = OnDevice(reader, parts.augment, world.device)
         upkeep = Upkeep(
             config, world, engine, monitor, checkpoints, parts.steps_per_epoch,
-            describe=lambda step: describe(config, parts, step, world.size, result.before), probe=measure,
+            describe=lambda step: describe(config, parts, engine, step, result.before), probe=measure,
         )  # fmt: skip
         monitor.restart_clock()
         with upkeep:

@@ -13,9 +13,8 @@ from ..data.augment import evaluation_view
 from ..data.decode import UnreadableImage
 from ..data.images import Source
 from ..data.streams import generator
-from ..models.method import Method
 from .config import Probe
-from .world import World
+from .engine.base import Engine
 
 
 class _Views(Dataset):
@@ -42,13 +41,11 @@ def _stack(items: list) -> tuple[torch.Tensor, list[int], list[int]]:
     return images, [label for _, label, _ in items], [place for _, _, place in items]
 
 
-@torch.no_grad()
 def features(
-    method: Method,
+    engine: Engine,
     source: Source,
     indices: np.ndarray,
     interpolation: str,
-    world: World,
     workers: int,
     batch: int = 128,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -57,20 +54,19 @@ def features(
     The encoder is the one that the method wants observed (the teacher, where there is one). Every rank takes a share
     and gets all; images that cannot be read are left out.
     """
-    views = _Views(source, indices[world.rank :: world.size], method.encoder.image_size, interpolation)
-    loader = DataLoader(views, batch, num_workers=workers, collate_fn=_stack)
-    training = method.training
-    method.eval()
-    found, labels, places = [np.empty((0, method.encoder.num_features), np.float32)], [], []
-    for images, label, place in loader:
+    world, encoder = engine.world, engine.method.encoder
+    views = _Views(source, indices[world.rank :: world.size], encoder.image_size, interpolation)
+    loader = iter(DataLoader(views, batch, num_workers=workers, collate_fn=_stack))
+    found, labels, places = [np.empty((0, encoder.num_features), np.float32)], [], []
+    nothing = torch.zeros(1, encoder.channels, *encoder.image_size)
+    # The same number of forward passes on every rank, since weights may have to be gathered for each.
+    for _ in range(-(-len(indices) // (world.size * batch))):
+        images, label, place = next(loader, (nothing[:0], [], []))
+        asked = engine.ask("observe", (images if len(images) else nothing).to(world.device))
         if len(images):
-            images = method.normalise(images.to(world.device))
-            with method.autocast():
-                tokens = method.observed(images)
-            found.append(method.observed.forward_head(tokens.float()).cpu().numpy())
+            found.append(asked.cpu().numpy())
             labels += label
             places += [world.rank + world.size * i for i in place]
-    method.train(training)
     parts = world.gather_host((np.concatenate(found), labels, places))
     order = np.argsort(np.concatenate([part[2] for part in parts]))
     everything = np.concatenate([part[0] for part in parts])
@@ -119,13 +115,12 @@ def linear_accuracy(train: np.ndarray, labels: np.ndarray, val: np.ndarray, trut
 
 
 def probe(
-    method: Method,
+    engine: Engine,
     train: Source,
     val: Source,
     section: Probe,
     interpolation: str,
     seed: int,
-    world: World,
     workers: int,
 ) -> dict[str, Any] | None:
     """k-NN and linear accuracy (0…1) of the frozen encoder; None without labels of two classes or more.
@@ -138,8 +133,9 @@ def probe(
     ]
     if len({train.label(int(i)) for i in chosen[0][:1000]} - {-1}) < 2 or not len(chosen[1]):
         return None
-    known, labels = features(method, train, chosen[0], interpolation, world, workers)
-    asked, truth = features(method, val, chosen[1], interpolation, world, workers)
+    world = engine.world
+    known, labels = features(engine, train, chosen[0], interpolation, workers)
+    asked, truth = features(engine, val, chosen[1], interpolation, workers)
     result: dict[str, Any] | None = None
     if world.first:
         scores = []

@@ -9,9 +9,10 @@ import torch
 
 from ..data.sources import Joined
 from ..data.webdataset import Stream
+from . import portable
 from .checkpoint import Checkpoints, Saved, lock
 from .config import Config, differences, result_settings
-from .engine.ddp import DdpEngine
+from .engine.base import Engine
 from .errors import UserError
 from .parts import Parts
 
@@ -42,7 +43,7 @@ def open_run(run: Path, checkpoints: Checkpoints, fresh: bool, held: list[int]) 
     return saved, complaints
 
 
-def describe(config: Config, parts: Parts, step: int, ranks: int, before: dict | None) -> dict[str, Any]:
+def describe(config: Config, parts: Parts, engine: Engine, step: int, before: dict | None) -> dict[str, Any]:
     """What a checkpoint says of itself, for a later start to compare with."""
     return {
         "step": step,
@@ -55,7 +56,8 @@ def describe(config: Config, parts: Parts, step: int, ranks: int, before: dict |
         "micro_batch": parts.micro_batch,
         "accumulation": parts.accumulation,
         "precision": str(parts.method.compute_dtype).removeprefix("torch."),
-        "ranks": ranks,
+        "ranks": engine.world.size,
+        "engine": engine.facts(),
         "torch": torch.__version__,
     }
 
@@ -109,19 +111,14 @@ def _efficiency_that_matters(config: Config, parts: Parts, saved: Saved) -> list
     return changed
 
 
-def restore(engine: DdpEngine, saved: Saved) -> None:
+def restore(engine: Engine, saved: Saved) -> None:
     """Take up the state of a checkpoint; UserError if it is of another model."""
     try:
-        engine.load_state_dict(saved.load(engine.world.device)["engine"])
+        engine.load(saved.fill, saved.about["engine"], portable.names(saved.path))
     except ValueError as error:
-        raise UserError(f"{saved.path} does not fit this recipe: {error}, or choose another run.dir.") from error
-    except (RuntimeError, KeyError) as error:
-        lines = str(error).splitlines()
-        raise UserError(
-            f"{saved.path} does not fit this recipe ({_short(lines[min(1, len(lines) - 1)].strip())}); set model, "
-            "method and optim back, or choose another run.dir."
-        ) from error
-
-
-def _short(text: str, most: int = 200) -> str:
-    return text if len(text) <= most else text[:most].rsplit(" ", 1)[0] + " …"
+        way = str(error) if ":" in str(error) else f"{error}; set model, method and optim back"
+        raise UserError(f"{saved.path} does not fit this recipe: {way}, or choose another run.dir.") from error
+    except OSError as error:
+        raise UserError(f"{saved.path} cannot be read: {error}.") from error
+    except KeyError as error:
+        raise UserError(f"{saved.path} lacks {error} in its about.json; choose another run.dir.") from error

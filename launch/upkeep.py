@@ -12,12 +12,12 @@ import torch
 from ..data.batch import Batch
 from .checkpoint import Checkpoints
 from .config import Config
-from .engine.ddp import DdpEngine
+from .engine.base import Engine
 from .monitor import Monitor, NonFiniteLoss
 from .watch import Watch
 from .world import Signals, World
 
-_STOP, _SAVE = 0, 1
+_STOP, _SAVE, _FAILED = range(3)
 
 
 class Upkeep:
@@ -30,7 +30,7 @@ class Upkeep:
         self,
         config: Config,
         world: World,
-        engine: DdpEngine,
+        engine: Engine,
         monitor: Monitor,
         checkpoints: Checkpoints,
         steps_per_epoch: float,
@@ -41,7 +41,7 @@ class Upkeep:
         self.checkpoints, self.steps_per_epoch = checkpoints, steps_per_epoch
         self.describe, self.probe = describe, probe
         self.watch = Watch(config, world, engine, monitor)
-        self.signals = Signals(world, 2)
+        self.signals = Signals(world, 3)
         self.received: int | None = None
         self._saved_at: int | None = None
         self._saved_when = time.monotonic()
@@ -81,32 +81,34 @@ class Upkeep:
         if due and self.world.first and not self._asked:  # one clock decides; the others hear of it a step later
             self._asked = True
             self.signals.raise_flag(_SAVE)
-        stop, save = self.signals.exchange()
+        if self.checkpoints.failed():
+            self.signals.raise_flag(_FAILED)
+        stop, save, failed = self.signals.exchange()
+        if failed:
+            self.checkpoints.finish()
         permanent = bool(checkpoint.keep_every_epochs and epoch_ends and epoch % checkpoint.keep_every_epochs == 0)
         regular = bool(checkpoint.every_steps and step % checkpoint.every_steps == 0)
         if stop or save or permanent or regular or step == last:
             self.save(step, permanent)
+        if stop or step == last:
+            self.checkpoints.finish()
         if stop:
             self.monitor.say(f"Stopped after step {step}; the same command continues from there.")
         return stop
 
     def save(self, step: int, permanent: bool = False) -> None:
-        """Write a checkpoint of `step` finished steps, after a look that its numbers are finite."""
+        """Begin to write a checkpoint of `step` finished steps, after a look that its numbers are finite."""
         if self._saved_at == step:
             return
         self.monitor.flush()
         adversary = self.engine.adversary.tensors.values() if self.engine.adversary else ()
-        values = [*self.engine.method.parameters(), *adversary]
-        finite = torch.stack([value.isfinite().all() for value in values]).all()
-        if not bool(finite):
+        finite = [values.isfinite().all().to(self.world.device) for values in [*self.engine.stored(), *adversary]]
+        bad = (~self.world.gather(torch.stack(finite).all())).nonzero()
+        if len(bad):
             raise NonFiniteLoss(
-                f"Weights are not finite after step {step - 1} (rank {self.world.rank}); the last checkpoint is from "
+                f"Weights are not finite after step {step - 1} (rank {int(bad[0, 0])}); the last checkpoint is from "
                 "before it. Lower optim.lr, or use engine.precision=float32."
             )
-        self.world.first_decides(
-            lambda: self.checkpoints.save(
-                {"engine": self.engine.state_dict(), "step": step}, self.describe(step), permanent
-            )
-        )
+        self.checkpoints.save(self.engine.pieces(), self.describe(step), permanent)
         self._saved_at, self._saved_when, self._asked = step, time.monotonic(), False
         self.monitor.restart_clock()

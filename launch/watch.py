@@ -10,7 +10,7 @@ from ..models.jepa import Jepa
 from ..models.mae import Mae
 from ..models.method import Method
 from .config import Config
-from .engine.ddp import DdpEngine
+from .engine.base import Engine
 from .monitor import Monitor, rank_me
 from .pictures import draw_masks, draw_reconstructions, draw_shifts
 from .world import World
@@ -21,7 +21,7 @@ _FAR = 2.0  # patches; a shift beyond it says more of the optimiser than of the 
 class Watch:
     """Called after every step with the number of finished steps and its last micro-batch."""
 
-    def __init__(self, config: Config, world: World, engine: DdpEngine, monitor: Monitor):
+    def __init__(self, config: Config, world: World, engine: Engine, monitor: Monitor):
         self.config, self.world, self.engine, self.monitor = config.monitor, world, engine, monitor
         self._warned = False
 
@@ -36,25 +36,24 @@ class Watch:
 
     @property
     def method(self) -> Method:
-        return self.engine.method  # pyright: ignore
+        return self.engine.method
 
     @torch.no_grad()
     def _draw(self, batch: Batch) -> None:
-        if not self.world.first:
-            return
         method = self.method
         if isinstance(method, Jepa):
             assert batch.context is not None and batch.targets is not None
-            self.monitor.picture("masks", draw_masks(batch.images, batch.context, batch.targets, method.encoder.grid))
+            if self.world.first:
+                picture = draw_masks(batch.images, batch.context, batch.targets, method.encoder.grid)
+                self.monitor.picture("masks", picture)
             return
         assert isinstance(method, Mae) and batch.visible is not None
         raw, visible = batch.images.flatten(0, -4)[:8], batch.visible.flatten(0, 1)[:8]
         tensors = self.engine.adversary.tensors if self.engine.adversary else None
-        with method.autocast():
-            images = method.normalise(raw)
-            predictions, masked = method.predict(images, visible, tensors)
-        painted = 255 * method.denormalise(method.reconstruct(images, predictions.float()))
-        self.monitor.picture("reconstruction", draw_reconstructions(raw, masked, painted, method.encoder.grid))
+        painted, masked = self.engine.ask("repaint", raw, visible, tensors)
+        if not self.world.first:
+            return
+        self.monitor.picture("reconstruction", draw_reconstructions(raw, masked, 255 * painted, method.encoder.grid))
         if tensors and method.attack.mode == "coordinate":
             shifts = {name: tensor.detach() for name, tensor in tensors.items()}
             self.monitor.picture("adversary", draw_shifts(shifts, masked[0], method.encoder.grid))
@@ -62,10 +61,8 @@ class Watch:
     @torch.no_grad()
     def _collapse(self, batch: Batch) -> None:
         method = self.method
-        with method.autocast():
-            images = method.normalise(batch.images.flatten(0, -4)[: len(batch)])
-            tokens = method.observed(images)
-        pooled = self.world.gather(method.observed.forward_head(tokens.float())).flatten(0, 1)
+        pooled = self.engine.ask("observe", batch.images.flatten(0, -4)[: len(batch)])
+        pooled = self.world.gather(pooled).flatten(0, 1)
         rank, spread = rank_me(pooled), float(pooled.std(dim=0).mean() / pooled.square().mean().sqrt().clamp_min(1e-12))
         self.monitor.note({"rank_me": round(rank, 4), "feature_std": round(spread, 6)}, "collapse")
         if rank < self.config.collapse_rank:
@@ -80,7 +77,8 @@ class Watch:
         """How much the attack raises the loss of this batch, the mean over ranks."""
         method, adversary = self.method, self.engine.adversary
         assert isinstance(method, Mae) and adversary is not None
-        found = torch.stack([method(batch, adversary.tensors)[0], method(batch, None)[0]])
+        ask = self.engine.ask
+        found = torch.stack([ask("objective", batch, adversary.tensors)[0], ask("objective", batch, None)[0]])
         under_attack, without = self.world.gather(found).double().mean(dim=0).tolist()
         values = {"loss_gain": under_attack - without, "loss_with": under_attack, "loss_without": without}
         self.monitor.note(values, "adversary")

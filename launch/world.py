@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import HashStore
 
 from ..data.images import DataError
 from .errors import UserError
@@ -26,7 +27,9 @@ class World:
     local_rank: int = 0
     local_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    joined: bool = False  # a process group was made, and is ours to take down
     host_group: dist.ProcessGroup | None = None  # gloo, for small messages that must not wait for the GPU
+    writing_group: dist.ProcessGroup | None = None  # gloo, of the thread that writes checkpoints
 
     @property
     def first(self) -> bool:
@@ -42,10 +45,17 @@ class World:
 
     def gather_host(self, value: object) -> list:
         """A picklable object of every rank, on every rank, over the host group."""
+        return self._gather_objects(value, self.host_group)
+
+    def gather_writing(self, value: object) -> list:
+        """As `gather_host`, for the thread that writes checkpoints."""
+        return self._gather_objects(value, self.writing_group)
+
+    def _gather_objects(self, value: object, group: dist.ProcessGroup | None) -> list:
         if self.size == 1:
             return [value]
         out: list = [None] * self.size
-        dist.all_gather_object(out, value, group=self.host_group)
+        dist.all_gather_object(out, value, group=group)
         return out
 
     def agree(self, build: Callable[[], T]) -> T:
@@ -66,7 +76,7 @@ class World:
             raise UserError(" ".join(failures), shared=True)
 
     def close(self) -> None:
-        if self.size > 1 and dist.is_initialized():
+        if self.joined and dist.is_initialized():
             dist.destroy_process_group()
 
 
@@ -91,20 +101,32 @@ def pick_device(wanted: str, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def join(device: str = "auto") -> World:
-    """Read torchrun's (or the deepspeed launcher's) environment and join the other processes, if any."""
+def join(device: str = "auto", group: bool = False) -> World:
+    """Read torchrun's (or the deepspeed launcher's) environment and join the other processes, if any.
+
+    `group` makes a process group for a single process, too, as engines need that divide weights.
+    """
     try:
         rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", size))
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", size)))
     except ValueError as error:
         raise UserError(f"RANK, WORLD_SIZE and LOCAL_RANK must be numbers, as torchrun sets them: {error}.") from error
     where = pick_device(device, local_rank)
     world = World(rank, size, local_rank, local_size, where)
     if where.type == "cuda":
         torch.cuda.set_device(where)
+    if (size > 1 or group) and not dist.is_initialized():
+        # gloo beside nccl: FSDP2's offloaded gradients and what a checkpoint says are on the host.
+        backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
+        if size > 1:
+            dist.init_process_group(backend)
+        else:
+            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+        world.joined = True
     if size > 1:
-        dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
         world.host_group = dist.new_group(backend="gloo")  # pyright: ignore
+        world.writing_group = dist.new_group(backend="gloo")  # pyright: ignore
     return world
 
 

@@ -118,29 +118,25 @@ class Adversary:
             out[f"{name}_norm"], out[f"{name}_norm_max"] = rows.mean(), rows.max()
         return out
 
-    def state_dict(self) -> dict:
-        """The tensors and the optimiser's moments, by reference as a module's."""
-        tensors = {name: tensor.detach() for name, tensor in self.tensors.items()}
-        return {"tensors": tensors, "optimizer": self.optimizer.state_dict()}
+    def named_state(self) -> dict[str, Tensor]:
+        """The tensors by name and their moments, `exp_avg.NAME` and `exp_avg_sq.NAME`, zeros before the first step."""
+        out = {name: tensor.detach() for name, tensor in self.tensors.items()}
+        for moment in ("exp_avg", "exp_avg_sq"):
+            for name, tensor in self.tensors.items():
+                found = self.optimizer.state.get(tensor, {}).get(moment)
+                out[f"{moment}.{name}"] = torch.zeros_like(out[name]) if found is None else found
+        return out
 
     @torch.no_grad()
-    def load_state_dict(self, state: dict) -> None:
-        """Take up what `state_dict` gave; raises ValueError that names the tensors that differ in name or shape."""
-        saved = {name: tuple(tensor.shape) for name, tensor in state["tensors"].items()}
-        here = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
-        if saved != here:
-            raise ValueError(
-                "the saved adversary is another one: "
-                + ", ".join(
-                    f"{name} is {saved.get(name, 'missing')} there and {here.get(name, 'missing')} here"
-                    for name in sorted(saved.keys() | here.keys())
-                    if saved.get(name) != here.get(name)
-                )
-                + "; set model and method.adversary as in the saved run"
-            )
+    def load_named_state(self, state: Mapping[str, Tensor], steps: int) -> None:
+        """Take up what `named_state` gave after `steps` steps; the names and shapes must be these tensors'."""
         for name, tensor in self.tensors.items():
-            tensor.copy_(state["tensors"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
+            tensor.copy_(state[name])
+            self.optimizer.state[tensor] = {
+                "step": torch.full((), float(steps), device=tensor.device),
+                "exp_avg": state[f"exp_avg.{name}"].to(tensor.device, copy=True),
+                "exp_avg_sq": state[f"exp_avg_sq.{name}"].to(tensor.device, copy=True),
+            }
 
 
 def _leaf(tensor: Tensor) -> Tensor:

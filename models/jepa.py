@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,7 +20,7 @@ CONTEXT_STREAM = 1 << 15  # context blocks draw from block numbers of their own
 
 
 class MaskedBatch(Protocol):
-    """What `Jepa.forward` reads of a batch; `context` is `[E, B, Nc]`, `targets` `[T, B, Nt]`."""
+    """What `Jepa` reads of a batch; `context` is `[E, B, Nc]`, `targets` `[T, B, Nt]`."""
 
     images: Tensor
     sample_ids: Tensor
@@ -153,7 +153,7 @@ class Jepa(Method):
         """The encoder that is probed and watched: the teacher."""
         return self.teacher
 
-    def forward(self, batch: MaskedBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def objective(self, batch: MaskedBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of a batch (a float32 scalar) and detached scalars to log."""
         assert batch.context is not None and batch.targets is not None, "I-JEPA batches carry masks"
         noise, context_noise = self.keyed_noise(batch)
@@ -223,8 +223,10 @@ class Jepa(Method):
         return 3.0 * (student + predicting) + teacher
 
     @torch.no_grad()
-    def after_step(self, momentum: float) -> None:
-        """Move the float32 teacher towards the student: teacher = momentum · teacher + (1 - momentum) · student."""
-        torch._foreach_lerp_(  # pyright: ignore
-            list(self.teacher.parameters()), list(self.encoder.parameters()), 1.0 - momentum
-        )
+    def after_step(self, momentum: float, stored: Callable[[nn.Parameter], Tensor] = lambda p: p) -> None:
+        """Move the float32 teacher towards the student: teacher = momentum · teacher + (1 - momentum) · student.
+
+        `stored` gives the numbers of a parameter that this process keeps, of teacher and student alike.
+        """
+        teacher, student = ([stored(p) for p in part.parameters()] for part in (self.teacher, self.encoder))
+        torch._foreach_lerp_(teacher, student, 1.0 - momentum)  # pyright: ignore

@@ -16,7 +16,7 @@ from .vit import Encoder, Size, encoder_flops, initialise, norm_layer, run_block
 
 
 class VisibleBatch(Protocol):
-    """What `Mae.forward` reads of a batch: images `[B, C, H, W]` or `[B, V, C, H, W]`, and `visible` `[B, V, K]`."""
+    """What `Mae` reads of a batch: images `[B, C, H, W]` or `[B, V, C, H, W]`, and `visible` `[B, V, K]`."""
 
     images: Tensor
     visible: Tensor | None
@@ -139,7 +139,7 @@ class Mae(Method):
             out[name] = torch.zeros(len(part.blocks), numbers)
         return out
 
-    def forward(
+    def objective(
         self, batch: VisibleBatch, adversary: Mapping[str, Tensor] | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of a batch (a float32 scalar) under the attack, and detached scalars to log."""
@@ -220,6 +220,15 @@ class Mae(Method):
         """
         _, mean, deviation = self.targets(images)
         return self.images_of(predictions * deviation + mean)
+
+    def repaint(
+        self, raw: Tensor, visible: Tensor, adversary: Mapping[str, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The pixels in 0…1 that are predicted of uint8 images `[B, C, H, W]`, and the masked patches `[B, N]`."""
+        with self.autocast():
+            images = self.normalise(raw)
+            predictions, masked = self.predict(images, visible, adversary)
+        return self.denormalise(self.reconstruct(images, predictions.float())), masked
 
     def loss(self, images: Tensor, predictions: Tensor, masked: Tensor) -> Tensor:
         """Mean squared error over masked patches."""

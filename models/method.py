@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Method(nn.Module):
-    """A training method around `encoder`: `forward(batch)` gives the loss and scalars to log.
+    """A training method around `encoder`: `forward(batch)` gives its `objective`, the loss and scalars to log.
 
     `mean` and `std` are per channel, of pixels in 0…1. `compute_dtype` other than float32 enters autocast in `forward`
     while parameters stay float32.
@@ -39,6 +40,10 @@ class Method(nn.Module):
         """The encoder that is probed and watched."""
         return self.encoder
 
+    def stacks(self) -> dict[str, nn.ModuleList]:
+        """The transformer blocks of every part, by its name; frozen parts (a teacher) among them."""
+        return {name: part.blocks for name, part in self.named_children() if hasattr(part, "blocks")}  # pyright: ignore
+
     def autocast(self) -> torch.autocast:
         """The context in which this method computes."""
         return torch.autocast(self.mean.device.type, self.compute_dtype, self.compute_dtype != torch.float32)
@@ -51,5 +56,18 @@ class Method(nn.Module):
         """Normalised images `[B, C, H, W]` as pixels in 0…1."""
         return images * self.std + self.mean
 
-    def after_step(self, momentum: float) -> None:
-        """What follows an optimiser step that was taken: nothing, where there is no teacher."""
+    def forward(self, *inputs: Any, ask: str = "objective") -> Any:
+        """What the function called `ask` makes of `inputs`; engines gather divided weights around `forward`."""
+        return getattr(self, ask)(*inputs)
+
+    def observe(self, images: Tensor) -> Tensor:
+        """Features `[B, width]` float32 of uint8 images `[B, C, H, W]`: what is probed and watched."""
+        with self.autocast():
+            tokens = self.observed(self.normalise(images))
+        return self.observed.forward_head(tokens.float())
+
+    def after_step(self, momentum: float, stored: Callable[[nn.Parameter], Tensor] = lambda p: p) -> None:
+        """What follows an optimiser step that was taken: nothing, where there is no teacher.
+
+        `stored` gives the numbers of a parameter that this process keeps.
+        """

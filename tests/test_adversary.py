@@ -136,10 +136,10 @@ def test_a_saved_state_continues_bitwise():
     tensors = {"encoder": noise(2, 3), "decoder": noise(2, 3, seed=1)}
     first = Adversary(tensors, norm="l2", epsilon=1.0, weight_decay=0.05)
     ascend(first, 2.0, 3)
-    saved = copy.deepcopy(first.state_dict())
+    saved = copy.deepcopy(first.named_state())
     ascend(first, 2.0, 3)
     taken = Adversary(dict(reversed(tensors.items())), norm="l2", epsilon=1.0, weight_decay=0.05)
-    taken.load_state_dict(saved)
+    taken.load_named_state(saved, 3)
     ascend(taken, 2.0, 3)
     for name in tensors:
         assert torch.equal(first.tensors[name], taken.tensors[name]), name
@@ -177,15 +177,10 @@ def test_norms_are_the_mean_and_the_largest_over_rows(norm, expected):
     assert norms == {"encoder_norm": expected[0], "encoder_norm_max": expected[1]}
 
 
-def test_another_adversarys_state_is_refused_by_name_and_shape():
-    saved = Adversary({"encoder": noise(2, 3), "decoder": noise(2, 3)}, norm="none", epsilon=None).state_dict()
-    here = Adversary({"encoder": noise(4, 3), "shift": noise(1, 2)}, norm="none", epsilon=None)
-    expected = (
-        r"decoder is \(2, 3\) there and missing here, encoder is \(2, 3\) there and \(4, 3\) here, "
-        r"shift is missing there and \(1, 2\) here"
-    )
-    with pytest.raises(ValueError, match=expected):
-        here.load_state_dict(saved)
+def test_moments_are_named_and_zero_before_the_first_step():
+    state = Adversary({"δ": noise(2, 3)}, norm="none", epsilon=None).named_state()
+    assert set(state) == {"δ", "exp_avg.δ", "exp_avg_sq.δ"}
+    assert not state["exp_avg.δ"].any() and not state["exp_avg_sq.δ"].any()
 
 
 @pytest.mark.parametrize(

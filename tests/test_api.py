@@ -1,12 +1,16 @@
 """The Python interface: `elsewhere.load` and `elsewhere.pretrain`."""
 
 import argparse
+import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import elsewhere
 from elsewhere.launch.build import build_method
+from elsewhere.launch.checkpoint import inspect
+from elsewhere.launch.cli import main
 from elsewhere.launch.config import load_config
 from elsewhere.launch.errors import UserError
 from elsewhere.models.zoo import to_released_mae
@@ -40,8 +44,8 @@ def test_pretrain_takes_a_data_set_and_overrides(run, losses):
 @pytest.mark.parametrize("which", ["teacher", "student"])
 def test_load_gives_the_trained_encoder(which, run, tiny):
     encoder = elsewhere.load(run.run, which=which)
-    saved = torch.load(run.run / "checkpoints/step-00000008/state.pt", weights_only=True)["engine"]["method"]
-    prefix = "teacher." if which == "teacher" else "encoder."
+    prefix = "method.teacher." if which == "teacher" else "method.encoder."
+    saved = inspect(run.run / "checkpoints/step-00000008").tensors(prefix)
     for name, tensor in encoder.state_dict().items():
         assert torch.equal(tensor, saved[prefix + name]), name
     assert not encoder.training
@@ -79,8 +83,64 @@ def test_load_refuses_what_is_no_checkpoint_in_a_sentence(content, tmp_path):
         elsewhere.load(path, recipe="demo")
 
 
-def test_a_run_starts_from_the_encoder_of_another(run, tiny, tmp_path, losses, capsys):
-    settings = {**tiny, "run.dir": str(tmp_path / "second"), "init.from": str(run.run)}
+@pytest.mark.parametrize(("part", "which"), [("teacher", "teacher"), ("student", "student"), ("all", "student")])
+def test_load_reads_consolidated_weights(part, which, run, tmp_path):
+    path = tmp_path / "weights.safetensors"
+    assert main(["consolidate", str(run.run), "-o", str(path), "--part", part]) == 0
+    encoder, expected = elsewhere.load(path, which=which), elsewhere.load(run.run, which=which)
+    assert encoder.pixel_mean == expected.pixel_mean and not encoder.training
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(encoder.state_dict()[name], tensor), name
+
+
+def test_load_reads_half_precision_into_float32(run, tmp_path):
+    path = tmp_path / "weights.safetensors"
+    assert main(["consolidate", str(run.run), "-o", str(path), "--dtype", "bfloat16"]) == 0
+    weight = elsewhere.load(path).norm.weight
+    assert torch.equal(weight, elsewhere.load(run.run).norm.weight.bfloat16().float())
+
+
+@pytest.mark.parametrize(
+    ("part", "which", "text"),
+    [("predictor", "teacher", "holds the predictor, which is no encoder"), ("teacher", "student", "the teacher alone")],
+)
+def test_load_refuses_a_part_that_was_not_asked_for(part, which, text, run, tmp_path):
+    path = tmp_path / "weights.safetensors"
+    assert main(["consolidate", str(run.run), "-o", str(path), "--part", part]) == 0
+    with pytest.raises(UserError, match=text):
+        elsewhere.load(path, which=which)
+
+
+def test_bare_safetensors_need_a_recipe(tmp_path, tiny):
+    config = load_config("demo", tiny)
+    encoder, recipe, path = build_method(config).encoder, tmp_path / "mine.yaml", tmp_path / "weights.safetensors"
+    save_file(encoder.state_dict(), path)
+    recipe.write_text(config.to_yaml())
+    assert torch.equal(elsewhere.load(path, recipe=str(recipe)).norm.weight, encoder.norm.weight)
+    with pytest.raises(UserError, match="name a recipe"):
+        elsewhere.load(path)
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "words", "recipe"])
+def test_damaged_safetensors_are_one_sentence(damage, run, tmp_path):
+    path = tmp_path / "weights.safetensors"
+    assert main(["consolidate", str(run.run), "-o", str(path)]) == 0
+    content = path.read_bytes()
+    if damage == "recipe":
+        save_file(load_file(path), path, {"elsewhere.part": "teacher", "elsewhere.config": json.dumps({"modle": 1})})
+    else:
+        path.write_bytes({"cut": content[:-10], "empty": b"", "words": b"these are not weights"}[damage])
+    with pytest.raises(UserError, match="cannot be read as weights") as caught:
+        elsewhere.load(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("source", ["run", "file"])
+def test_a_run_starts_from_the_encoder_of_another(source, run, tiny, tmp_path, losses, capsys):
+    path = run.run if source == "run" else tmp_path / "weights.safetensors"
+    if source == "file":
+        assert main(["consolidate", str(run.run), "-o", str(path)]) == 0
+    settings = {**tiny, "run.dir": str(tmp_path / "second"), "init.from": str(path)}
     elsewhere.pretrain("demo", **settings)
     assert "encoder weights from the teacher of" in capsys.readouterr().out
     fresh = {**tiny, "run.dir": str(tmp_path / "fresh")}
@@ -101,10 +161,10 @@ def mae_run(tiny_mae, some_digits):
 
 def test_load_gives_the_encoder_of_a_masked_autoencoder(mae_run):
     encoder = elsewhere.load(mae_run.run)
-    saved = torch.load(mae_run.run / "checkpoints/step-00000006/state.pt", weights_only=True)["engine"]["method"]
+    saved = inspect(mae_run.run / "checkpoints/step-00000006").tensors("method.encoder.")
     assert encoder.relative is not None
     for name, tensor in encoder.state_dict().items():
-        assert torch.equal(tensor, saved["encoder." + name]), name
+        assert torch.equal(tensor, saved["method.encoder." + name]), name
 
 
 @pytest.mark.parametrize("pixels", [8, 12])

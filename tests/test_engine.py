@@ -1,6 +1,6 @@
 """Steps: gradient accumulation, clipping, float16 scaling, and ranks that agree."""
 
-import copy
+import itertools
 import os
 import subprocess
 import sys
@@ -11,7 +11,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from elsewhere.launch import portable
 from elsewhere.launch.build import build_method
+from elsewhere.launch.checkpoint import Checkpoints, inspect
 from elsewhere.launch.config import load_config
 from elsewhere.launch.engine.ddp import DdpEngine
 from elsewhere.launch.engine.precision import LossScaler, choose_precision
@@ -134,7 +136,7 @@ def test_float16_on_a_cpu_says_that_it_is_slow():
 def test_clipping_scales_the_gradients_of_its_scope_to_the_norm(scope, engine):
     method = engine().method
     give_gradients(method, 1.0)
-    clip_gradients(method, 0.25, scope)
+    clip_gradients(dict(method.named_parameters()), 0.25, scope)
     clipped = method.encoder if scope == "encoder" else method
     norm = torch.cat([p.grad.flatten() for p in clipped.parameters() if p.grad is not None]).norm()
     assert norm.item() == pytest.approx(0.25, rel=1e-4)
@@ -144,9 +146,9 @@ def test_clipping_scales_the_gradients_of_its_scope_to_the_norm(scope, engine):
 def test_a_loss_that_is_not_finite_names_rank_and_step_and_saves_nothing(tiny, tmp_path):
     with pytest.raises(NonFiniteLoss, match=r"rank 0 at step \d+ is not finite"):
         run({**tiny, "optim.lr": 1e30, "optim.warmup_epochs": 0, "checkpoint.every_steps": 1})
-    for path in (tmp_path / "run").glob("checkpoints/step-*/state.pt"):
-        state = torch.load(path, weights_only=True)["engine"]["method"]
-        assert all(tensor.isfinite().all() for tensor in state.values())
+    for path in (tmp_path / "run").glob("checkpoints/step-*"):
+        state = inspect(path).tensors("method.")
+        assert state and all(tensor.isfinite().all() for tensor in state.values())
 
 
 class Toy(torch.nn.Module):
@@ -196,8 +198,9 @@ def take_step(engine, micro_batches, adversary_lr=0.1):
 
 def everything(engine):
     """Copies of all tensors that a step may move."""
-    state = engine.state_dict()
-    leaves = tree_leaves([state[part] for part in ("method", "optimizer", "adversary")])
+    adversary = engine.adversary
+    state = [engine.method.state_dict(), engine.optimizer.state_dict(), adversary.tensors]
+    leaves = tree_leaves([*state, adversary.optimizer.state_dict()])
     return [leaf.clone() for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 
@@ -206,7 +209,7 @@ def assert_same(one, other):
 
 
 def overflowing_step(world, where, rank):
-    """A good float16 step, then one where one gradient of `rank` overflows; whether all stayed, and the scale."""
+    """A good float16 step, then one where one gradient of `rank` overflows; whether all stayed, and what is named."""
     engine = toy_engine(world, LossScaler(True, scale=1024.0))
     share = toy_batch().tensor_split(world.size)[world.rank]
     assert take_step(engine, [share])
@@ -217,7 +220,8 @@ def overflowing_step(world, where, rank):
         leaf.grad[0, 1] = float("inf")
     applied = engine.step(0.1)
     stayed = all(torch.equal(a, b) for a, b in zip(before, everything(engine), strict=True))
-    return {"applied": applied, "stayed": stayed, "scale": engine.scaler.value, "skipped": engine.scaler.skipped}
+    scaler = {"scale": engine.scaler.value, "skipped": engine.scaler.skipped}
+    return {"applied": applied, "stayed": stayed, **scaler}, engine.overflow_in
 
 
 def rank_main(path):
@@ -235,6 +239,7 @@ def rank_main(path):
         found[f"exchanges of {accumulation}"] = exchange.call_count
     for where, rank in (("adversary", 1), ("method", 0)):
         found[f"overflow in {where}"] = overflowing_step(world, where, rank)
+    found["pieces"] = [(name, list(piece.values.shape)) for name, piece in engine.pieces().items()]
     everyone = world.gather_host(found)
     if world.first:
         torch.save(everyone, path)
@@ -285,13 +290,39 @@ def test_a_step_exchanges_the_adversarys_gradients_once(two_ranks):
 @pytest.mark.parametrize("where", ["adversary", "method"])
 def test_an_overflow_on_one_rank_skips_method_and_adversary_on_both(where, two_ranks):
     expected = {"applied": False, "stayed": True, "scale": 512.0, "skipped": 1}
-    assert [found[f"overflow in {where}"] for found in two_ranks] == [expected, expected]
+    assert [found[f"overflow in {where}"][0] for found in two_ranks] == [expected, expected]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["adversary", "method"])
+def test_both_ranks_name_what_overflowed_on_one(where, two_ranks):
+    assert [found[f"overflow in {where}"][1] for found in two_ranks] == [where, where]
+
+
+@pytest.mark.slow
+def test_each_tensor_is_written_whole_by_one_of_two_ranks(two_ranks):
+    weights, adversary = {"linear.weight": [2, 3], "linear.bias": [2]}, {"shift": [2, 3], "factor": [1, 3]}
+    expected = [(kind + name, shape) for kind in ("method.", "exp_avg.", "exp_avg_sq.")
+                for name, shape in weights.items()]  # fmt: skip
+    expected += [(f"adversary.{kind}{name}", shape) for kind in ("", "exp_avg.", "exp_avg_sq.")
+                 for name, shape in adversary.items()]  # fmt: skip
+    assert sorted(piece for found in two_ranks for piece in found["pieces"]) == sorted(expected)
+
+
+@pytest.mark.slow
+def test_both_of_two_ranks_write(two_ranks):
+    assert all(found["pieces"] for found in two_ranks)
 
 
 @pytest.mark.parametrize("where", ["adversary", "method"])
 def test_an_overflow_anywhere_skips_method_and_adversary(where):
     expected = {"applied": False, "stayed": True, "scale": 512.0, "skipped": 1}
-    assert overflowing_step(World(), where, 0) == expected
+    assert overflowing_step(World(), where, 0)[0] == expected
+
+
+@pytest.mark.parametrize("where", ["adversary", "method"])
+def test_a_skipped_step_names_what_overflowed(where):
+    assert overflowing_step(World(), where, 0)[1] == where
 
 
 def test_micro_batches_give_the_adversary_the_gradient_of_the_whole_batch():
@@ -348,22 +379,63 @@ def test_the_host_waits_for_the_overflow_flag_of_float16_alone(float16):
     assert waits.count == float16
 
 
-def test_an_engine_with_an_adversary_continues_bitwise_from_its_state():
+@pytest.fixture
+def hand_over(tmp_path):
+    """Give one engine the state of another, through a checkpoint."""
+    count = itertools.count(1)
+
+    def hand(giver, taker):
+        checkpoints = Checkpoints(tmp_path)
+        checkpoints.save(giver.pieces(), {"step": next(count), "engine": giver.facts()})
+        checkpoints.finish()
+        checkpoints.close()
+        saved, _ = checkpoints.newest()
+        taker.load(saved.fill, saved.about["engine"], portable.names(saved.path))
+
+    return hand
+
+
+def test_an_engine_with_an_adversary_continues_bitwise_from_its_state(hand_over):
     one, other = toy_engine(), toy_engine()
     take_step(one, [toy_batch()])
-    other.load_state_dict(copy.deepcopy(one.state_dict()))
+    hand_over(one, other)
     for engine in (one, other):
         take_step(engine, [toy_batch()])
     assert_same(everything(one), everything(other))
 
 
-def test_a_state_with_and_a_run_without_an_adversary_do_not_fit():
+def test_an_engine_takes_up_scale_and_counts(hand_over):
+    one, other = (toy_engine(scaler=LossScaler(True, scale=scale)) for scale in (1024.0, 64.0))
+    take_step(one, [toy_batch()])
+    give_gradients(one.method, float("inf"))
+    one.step()
+    hand_over(one, other)
+    assert (other.scaler.value, other.scaler.skipped, other.applied) == (512.0, 1, 1)
+
+
+def test_a_state_with_and_a_run_without_an_adversary_do_not_fit(hand_over):
     attacked, alone = toy_engine(), toy_engine()
     alone.adversary = None
     with pytest.raises(ValueError, match=r"holds an adversary and this run trains none: set method.adversary"):
-        alone.load_state_dict(attacked.state_dict())
+        hand_over(attacked, alone)
     with pytest.raises(ValueError, match=r"holds no adversary and this run trains one: set method.adversary"):
-        attacked.load_state_dict(alone.state_dict())
+        hand_over(alone, attacked)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"shift": (4, 3), "factor": (1, 3)}, r"adversary\.shift is \(2, 3\) there and \(4, 3\) here"),
+        ({"shift": (2, 3), "factor": (1, 3), "more": (1, 2)}, r"it has no adversary\.more"),
+        ({"shift": (2, 3)}, r"it holds adversary\.(exp_avg\.|exp_avg_sq\.)?factor, which this recipe has not"),
+    ],
+    ids=["another shape", "a tensor more", "a tensor less"],
+)
+def test_another_adversarys_state_is_refused_by_name_and_shape(tensors, message, hand_over):
+    here = toy_engine()
+    here.adversary = Adversary({name: torch.zeros(shape) for name, shape in tensors.items()}, norm="none", epsilon=None)
+    with pytest.raises(ValueError, match=message):
+        hand_over(toy_engine(), here)
 
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ def test_train_steps(golden, close, compare_named, schedules_of):
         close(loss, torch.tensor(about["loss"][step]), f"loss of step {step}")
         optimizer.zero_grad()
         loss.backward()
-        clip_gradients(method, config["clip_grad"], scope="encoder")
+        clip_gradients(dict(method.named_parameters()), config["clip_grad"], scope="encoder")
         if step == 0:
             found = {
                 "encoder": {n: p.grad for n, p in method.encoder.named_parameters()},

@@ -1,5 +1,6 @@
 """Runs of the MAE family: every mode trains, a stopped run goes on bit by bit, ranks agree, float16 skips as one."""
 
+import itertools
 import json
 import math
 import os
@@ -7,14 +8,17 @@ import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from torch.utils._pytree import tree_leaves
 
 import elsewhere
 from elsewhere.launch.build import build_method
+from elsewhere.launch.checkpoint import inspect
 from elsewhere.launch.config import load_config
+from elsewhere.launch.engine.base import MOMENTS
+from elsewhere.launch.engine.choose import build_engine
 
 ALONE = {"method.adversary.mode": "none", "method.adversary.norm": "none", "method.adversary.epsilon": None,
          "method.adversary.base_lr": 1.5e-4}  # fmt: skip
@@ -49,21 +53,20 @@ AS_RELEASED = {**EMBEDDING, **HARD, "method.adversary.where": "queries", "method
 
 
 def adversary_of(run, step):
-    """What a checkpoint holds of the adversary."""
-    return saved(run, step)["adversary"]
+    """The adversary's tensors of a checkpoint, without their moments."""
+    found = saved(run, step).tensors("adversary.")
+    moments = tuple(f"adversary.{moment}." for moment in MOMENTS)
+    return {name: tensor for name, tensor in found.items() if not name.startswith(moments)}
 
 
 def saved(run, step):
-    return torch.load(f"{run}/checkpoints/step-{step:08}/state.pt", weights_only=True)["engine"]
-
-
-def tensors_of(state):
-    """Every tensor of a nested state, in order."""
-    return [leaf for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor)]
+    return inspect(Path(run) / "checkpoints" / f"step-{step:08}")
 
 
 def assert_same(one, other):
-    torch.testing.assert_close(tensors_of(one), tensors_of(other), rtol=0, atol=0)
+    """Two checkpoints: weights, moments, the adversary, and the counts and scales beside them."""
+    torch.testing.assert_close(one.tensors(""), other.tensors(""), rtol=0, atol=0)
+    assert one.about["engine"] == other.about["engine"]
 
 
 @pytest.fixture
@@ -87,7 +90,8 @@ def test_every_mode_trains(mode, train, losses):
 @pytest.mark.parametrize("mode", [mode for mode in MODES if ALONE.items() - MODES[mode].items()])
 def test_every_adversary_moves_away_from_where_it_started(mode, train):
     result = train({**MODES[mode], "checkpoint.every_steps": 1})
-    first, last = (adversary_of(result.run, step)["tensors"] for step in (5, 6))
+    first, last = (adversary_of(result.run, step) for step in (5, 6))
+    assert last.keys() == first.keys() != set()
     assert {name for name in last if torch.equal(first[name], last[name])} == set()
 
 
@@ -183,11 +187,12 @@ def test_two_ranks_agree_with_one_over_50_steps(mode, ranks, losses, tmp_path):
     two, one = ranks[mode]["run.dir"], f"{tmp_path}/one"
     elsewhere.pretrain("demo_adpe", **{**ranks[mode], "run.dir": one})
     assert losses(one)[:50] == pytest.approx(losses(two)[:50], abs=1e-5)
-    expected, found = (adversary_of(run, 50)["tensors"] for run in (one, two))
+    expected, found = (adversary_of(run, 50) for run in (one, two))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-    assert all(tensor.abs().max() > 0.05 for tensor in expected.values())
+    assert expected and all(tensor.abs().max() > 0.05 for tensor in expected.values())
 
 
+PARTS = ("encoder", "decoder")
 FLOAT16 = {"engine.precision": "float16", "checkpoint.every_steps": 1}
 OVERFLOWING = {**FLOAT16, "method.normalise_pixels": False, "data.std": [1e-4]}  # errors of 1e4, scaled by 2**16
 
@@ -195,33 +200,51 @@ OVERFLOWING = {**FLOAT16, "method.normalise_pixels": False, "data.std": [1e-4]} 
 def test_float16_keeps_the_adversary_in_float32(train, losses):
     result = train(FLOAT16)
     assert all(map(math.isfinite, losses(result.run)))
-    state = adversary_of(result.run, 6)
-    assert {tensor.dtype for tensor in tensors_of(state)} == {torch.float32}
-    assert all(tensor.any() for tensor in state["tensors"].values())
+    state = saved(result.run, 6).tensors("adversary.")
+    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+    assert all(tensor.any() for tensor in state.values())
 
 
 def test_float16_saves_one_scaler(train):
     state = saved(train(FLOAT16).run, 6)
-    assert set(state["scaler"]) == {"value", "good", "skipped"}
-    assert set(state["adversary"]) == {"tensors", "optimizer"}
+    assert set(state.about["engine"]) == {"kind", "applied", "scaler"}
+    assert set(state.about["engine"]["scaler"]) == {"value", "good", "skipped"}
+    names = {"adversary." + "".join(name) for name in itertools.product(("", "exp_avg.", "exp_avg_sq."), PARTS)}
+    assert set(state.tensors("adversary.")) == names
 
 
 def test_an_overflow_at_the_first_scale_skips_method_and_adversary(train, tiny_mae):
     result = train({**OVERFLOWING, "checkpoint.keep": 9})
     state = saved(result.run, 1)
-    assert (state["scaler"]["value"], state["scaler"]["skipped"]) == (32768.0, 1)
-    assert state["optimizer"]["state"] == state["adversary"]["optimizer"]["state"] == {}
+    scaler = state.about["engine"]["scaler"]
+    assert (scaler["value"], scaler["skipped"], state.about["engine"]["applied"]) == (32768.0, 1, 0)
+    moments = [state.tensors(f"{prefix}{moment}.") for prefix in ("", "adversary.") for moment in MOMENTS]
+    assert all(moments) and not any(tensor.any() for each in moments for tensor in each.values())
     fresh = build_method(load_config("demo_adpe", {**tiny_mae, **OVERFLOWING}))
-    assert_same(state["method"], fresh.state_dict())
+    expected = {f"method.{name}": tensor for name, tensor in fresh.state_dict().items()}
+    torch.testing.assert_close(state.tensors("method."), expected, rtol=0, atol=0)
 
 
-def test_after_an_overflow_method_and_adversary_go_on_together(train):
+def test_after_an_overflow_method_and_adversary_go_on_together(train, monkeypatch):
     """Their counts of steps are equal, and less than the run's by those that were skipped."""
+    built = []
+    monkeypatch.setattr(
+        "elsewhere.launch.pretrain.build_engine", lambda *given: built.append(build_engine(*given)) or built[-1]
+    )
     result = train({**OVERFLOWING, "optim.epochs": 3})
-    state = saved(result.run, 18)
-    skipped = state["scaler"]["skipped"]
-    moments = [*state["optimizer"]["state"].values(), *state["adversary"]["optimizer"]["state"].values()]
+    about = saved(result.run, 18).about["engine"]
+    skipped = about["scaler"]["skipped"]
+    moments = [*built[0].optimizer.state.values(), *built[0].adversary.optimizer.state.values()]
     assert 1 < skipped < 18 and {float(each["step"]) for each in moments} == {18.0 - skipped}
+    assert about["applied"] == 18 - skipped
+
+
+def test_every_skipped_step_has_its_row(train):
+    result = train({**OVERFLOWING, "optim.epochs": 3})
+    rows = [json.loads(line) for line in (result.run / "metrics.jsonl").read_text().splitlines()]
+    counts = [0.0, *(row["skipped_steps"] for row in rows if "group" not in row)]
+    skipped = [step for step, (before, after) in enumerate(itertools.pairwise(counts)) if after > before]
+    assert skipped and [row["step"] for row in rows if row.get("group") == "skipped"] == skipped
 
 
 if __name__ == "__main__":

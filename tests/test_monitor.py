@@ -76,6 +76,32 @@ def test_the_first_bad_step_is_named(tmp_path):
     watch.close()
 
 
+def test_a_skipped_step_has_a_row_with_reason_and_scale(tmp_path):
+    watch = monitor(tmp_path)
+    record(watch)
+    record(watch)
+    watch.say_skip("adversary", 512.0)
+    watch.close()
+    assert [row for row in rows(tmp_path) if row.get("group") == "skipped"] == [
+        {"step": 1, "group": "skipped", "reason": "gradients of the adversary overflowed in float16",
+         "loss_scale": 512.0}
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [(float("inf"), "loss of rank 0 at step 3 is not finite"), (1.0, r"gradients of step 3 .* all ranks \(0 to 0\)")],
+)
+def test_a_skip_outside_float16_ends_the_run(loss, message, tmp_path):
+    watch = monitor(tmp_path)
+    for _ in range(3):
+        record(watch)
+    record(watch, loss)
+    with pytest.raises(NonFiniteLoss, match=message):
+        watch.say_skip("method", None)
+    watch.close()
+
+
 def test_rows_beyond_a_checkpoint_and_a_cut_line_are_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps({"step": step}) + "\n" for step in range(6)) + '{"step": 2, "lo')

@@ -13,6 +13,9 @@ import elsewhere
 from elsewhere.data.batch import Batch
 from elsewhere.launch.build import build_method
 from elsewhere.launch.config import load_config
+from elsewhere.launch.engine.ddp import DdpEngine
+from elsewhere.launch.engine.precision import LossScaler
+from elsewhere.launch.optim import make_optimizer
 from elsewhere.launch.pictures import draw_reconstructions, draw_shifts
 from elsewhere.launch.watch import Watch
 from elsewhere.launch.world import World
@@ -120,7 +123,7 @@ def test_a_perfect_prediction_is_painted_as_the_input(normalised, tiny_mae, monk
     images = torch.randint(0, 256, (3, 2, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     masked = torch.ones(6, 16, dtype=torch.bool)
     monkeypatch.setattr(method, "predict", lambda images, *_: (method.targets(images)[0], masked))
-    pictures, engine = {}, SimpleNamespace(method=method, adversary=None)
+    pictures, engine = {}, DdpEngine(method, make_optimizer(method), World(), LossScaler(False))
     watch = Watch(config, World(), engine, SimpleNamespace(picture=pictures.__setitem__))
     visible = torch.zeros(3, 2, 4, dtype=torch.int64)
     ids = torch.arange(3)

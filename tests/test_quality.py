@@ -7,8 +7,17 @@ import torch
 from elsewhere.data.sources import open_source
 from elsewhere.launch.build import build_method
 from elsewhere.launch.config import Probe, load_config
+from elsewhere.launch.engine.ddp import DdpEngine
+from elsewhere.launch.engine.precision import LossScaler
+from elsewhere.launch.optim import make_optimizer
 from elsewhere.launch.quality import features, few_labels, knn_accuracy, linear_accuracy, probe
 from elsewhere.launch.world import World
+
+
+@pytest.fixture
+def engine(tiny):
+    method = build_method(load_config("demo", tiny))
+    return DdpEngine(method, make_optimizer(method), World(), LossScaler(False))
 
 
 @pytest.fixture
@@ -51,14 +60,13 @@ def test_few_labels_takes_as_many_of_each_class():
     assert set(chosen) != set(few_labels(labels, 5, seed=0, draw=1))
 
 
-def test_features_are_mean_teacher_tokens_in_the_order_asked_for(tiny):
-    config = load_config("demo", tiny)
-    method, source = build_method(config), open_source("digits", "val", 1)
+def test_features_are_mean_teacher_tokens_in_the_order_asked_for(engine):
+    method, source = engine.method, open_source("digits", "val", 1)
     with torch.no_grad():
         for parameter in method.encoder.parameters():
             parameter.zero_()  # only the teacher may be used
     indices = np.array([5, 300, 2])
-    found, labels = features(method, source, indices, "bilinear", World(), workers=0, batch=2)
+    found, labels = features(engine, source, indices, "bilinear", workers=0, batch=2)
     images = torch.stack([torch.from_numpy(source.read(int(i)).copy()).permute(2, 0, 1) for i in indices])
     with torch.no_grad():
         expected = method.teacher(method.normalise(images)).mean(dim=1).numpy()
@@ -66,11 +74,9 @@ def test_features_are_mean_teacher_tokens_in_the_order_asked_for(tiny):
     assert labels.tolist() == [source.label(int(i)) for i in indices]
 
 
-def test_features_keep_their_order_over_ranks(tiny):
+def test_features_keep_their_order_over_ranks(engine):
     """Another order would give other few labels, and other figures, on another number of ranks."""
-    config = load_config("demo", tiny)
-    method, source = build_method(config), open_source("digits", "val", 1)
-    shares = []
+    source, shares = open_source("digits", "val", 1), []
 
     class Collecting(World):
         def gather_host(self, value):
@@ -78,27 +84,44 @@ def test_features_keep_their_order_over_ranks(tiny):
             return shares
 
     indices = np.arange(0, 70, 3)
+    expected, truth = features(engine, source, indices, "bilinear", workers=0)
     for rank in (1, 0):
-        found, labels = features(method, source, indices, "bilinear", Collecting(rank, 2), workers=0)
-    expected, truth = features(method, source, indices, "bilinear", World(), workers=0)
+        engine.world = Collecting(rank, 2)
+        found, labels = features(engine, source, indices, "bilinear", workers=0)
     assert np.abs(found - expected).max() < 1e-5
     assert labels.tolist() == truth.tolist()
 
 
-def test_unlabelled_images_give_no_probe(tiny):
+@pytest.mark.parametrize("count", [1, 5, 8, 9])
+def test_every_rank_takes_as_many_forward_passes(count, engine, monkeypatch):
+    """Engines that divide weights gather them in a pass: a rank with fewer images would leave the others waiting."""
+
+    class Alone(World):
+        def gather_host(self, value):
+            return [value]
+
+    passes = []
+    observe = engine.method.observe
+    monkeypatch.setattr(engine.method, "observe", lambda images: passes.append(engine.world.rank) or observe(images))
+    for rank in range(4):
+        engine.world = Alone(rank, 4)
+        features(engine, open_source("digits", "val", 1), np.arange(count), "bilinear", workers=0, batch=2)
+    expected = {1: 1, 5: 1, 8: 1, 9: 2}[count]
+    assert [passes.count(rank) for rank in range(4)] == [expected] * 4
+
+
+def test_unlabelled_images_give_no_probe(engine):
     from elsewhere.data.images import TorchDataset
 
-    config = load_config("demo", tiny)
     source = TorchDataset(torch.zeros(40, 1, 8, 8), 1)
-    assert probe(build_method(config), source, source, Probe(), "bilinear", 0, World(), 0) is None
+    assert probe(engine, source, source, Probe(), "bilinear", 0, 0) is None
 
 
-def test_a_probe_leaves_the_method_as_it_was(tiny):
-    config = load_config("demo", tiny)
-    method = build_method(config)
+def test_a_probe_leaves_the_method_as_it_was(engine):
+    method = engine.method
     before = {name: tensor.clone() for name, tensor in method.state_dict().items()}
     sources = open_source("digits", "train", 1), open_source("digits", "val", 1)
-    found = probe(method, *sources, Probe(labels_per_class=3, draws=2), "bilinear", 0, World(), 0)
+    found = probe(engine, *sources, Probe(labels_per_class=3, draws=2), "bilinear", 0, 0)
     assert found and found["labels_per_class"] == 3 and 0 <= found["linear"] <= 1
     assert method.training
     assert all(torch.equal(before[name], tensor) for name, tensor in method.state_dict().items())

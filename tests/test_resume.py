@@ -77,12 +77,14 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tiny, losses, tmp_pat
     train(whole)
     settings = {**tiny, "checkpoint.every_steps": 20}
     train(settings)
-    newest = tmp_path / "run" / "checkpoints" / "step-00000044" / "state.pt"
+    newest = tmp_path / "run" / "checkpoints" / "step-00000044" / "__0_0.distcp"
     content = bytearray(newest.read_bytes())
     content[len(content) // 2] ^= 1
     newest.write_bytes(content)
     train(settings)
-    assert "step-00000044 is damaged: the checksum of state.pt is wrong" in capsys.readouterr().out.replace("\n", " ")
+    assert "step-00000044 is damaged: the checksum of __0_0.distcp is wrong" in capsys.readouterr().out.replace(
+        "\n", " "
+    )
     assert losses(settings["run.dir"]) == losses(whole["run.dir"])
     assert (tmp_path / "run" / "checkpoints" / "damaged-step-00000044").is_dir(), "a damaged checkpoint is set aside"
 
@@ -91,7 +93,7 @@ def test_all_checkpoints_damaged_stops_without_overwriting(tiny, losses, tmp_pat
     train({**tiny, "checkpoint.every_steps": 20})
     folders = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))
     for folder in folders:
-        (folder / "state.pt").write_bytes(b"")
+        (folder / "__0_0.distcp").write_bytes(b"")
     rows = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     with pytest.raises(UserError, match=r"None of the 2 checkpoints .* can be used"):
         train(tiny)

@@ -36,14 +36,16 @@ class LossScaler:
         return loss * self.value if self.enabled else loss
 
     @torch.no_grad()
-    def unscale(self, gradients: Iterable[Tensor]) -> Tensor:
-        """Divide gradients by the scale, in place; a flag on their device: 1.0 if any is not finite."""
-        gradients = list(gradients)
-        found = torch.zeros((), device=gradients[0].device)
-        torch._amp_foreach_non_finite_check_and_unscale_(  # pyright: ignore
-            gradients, found, torch.full((), 1.0 / self.value, device=found.device)
-        )
-        return found
+    def unscale(self, gradients: Iterable[list[Tensor]]) -> list[Tensor]:
+        """Divide gradients, a list for each device, by the scale, in place; for each a flag: 1.0 if not finite."""
+        flags = []
+        for those in gradients:
+            found = torch.zeros((), device=those[0].device)
+            torch._amp_foreach_non_finite_check_and_unscale_(  # pyright: ignore
+                those, found, torch.full((), 1.0 / self.value, device=found.device)
+            )
+            flags.append(found)
+        return flags
 
     def update(self, overflow: bool) -> None:
         """Adapt the scale to a step; raises FloatingPointError at the smallest scale, where nothing is left to try."""
