@@ -19,6 +19,7 @@ import argparse  # noqa: E402
 import json  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
 from importlib.metadata import version  # noqa: E402
+from typing import NoReturn  # noqa: E402
 
 from .consolidate import add_consolidate_command, run_consolidate  # noqa: E402
 from .errors import UserError  # noqa: E402
@@ -26,12 +27,27 @@ from .inspect_path import add_inspect_command, run_inspect  # noqa: E402
 from .shards import add_shards_command, run_shards  # noqa: E402
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser that complains once on a machine, not in each of the processes that a launcher started."""
+
+    def error(self, message: str) -> NoReturn:
+        if not _speaks():
+            sys.exit(2)
+        super().error(message)
+
+
+def _speaks(shared: bool = False) -> bool:
+    """Whether this process says what is wrong: the first of all, or where others may not know it, of its machine."""
+    return os.environ.get("RANK" if shared else "LOCAL_RANK", "0") == "0"
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="elsewhere",
         description="Masked-image pre-training of vision transformers that are not told exactly where a patch is.",
     )
     parser.add_argument("--version", action="version", version=f"elsewhere {version('elsewhere')}")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # deepspeed's launcher
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def recipe_command(name: str, text: str) -> argparse.ArgumentParser:
@@ -47,7 +63,6 @@ def _parser() -> argparse.ArgumentParser:
     pretrain.add_argument(
         "--allow-config-change", action="store_true", help="continue although settings that change the result differ"
     )
-    pretrain.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # deepspeed's launcher
     recipe_command("show", "Print a recipe with its bases and overrides merged.")
     commands.add_parser("configs", help="List the packaged recipes.", description="List the packaged recipes.")
     add_shards_command(commands)
@@ -74,6 +89,26 @@ def _parser() -> argparse.ArgumentParser:
     step.add_argument("--batch", type=_positive, help="images per step (8 on a CPU, 128 on a GPU, or micro_batch)")
     step.add_argument("--steps", type=_positive, default=3, help="steps of one turn")
     step.add_argument("--rounds", type=_positive, default=5, help="turns of each case")
+    text = (
+        "What engines cost: our loop against a bare one, steps beside a checkpoint being written, and bytes on each "
+        "rank; alone or under torchrun."
+    )
+    engines = bench.add_parser("engines", help=text, description=text)
+    engines.add_argument("recipe", help="a packaged recipe or a YAML file")
+    engines.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="settings, e.g. model.size=small"
+    )
+    engines.add_argument(
+        "--engines", type=_listed, default=["ddp", "fsdp", "zero2", "zero3"], metavar="A,B",
+        help="ddp, fsdp, settings of DeepSpeed, or JSON files (default: ddp,fsdp,zero2,zero3)",
+    )  # fmt: skip
+    engines.add_argument(
+        "--measure", type=_listed, default=["overhead", "saving", "bytes"], metavar="A,B",
+        help="overhead, saving, bytes (default: all)",
+    )  # fmt: skip
+    engines.add_argument("--batch", type=_positive, help="images per step and rank (as for step)")
+    engines.add_argument("--steps", type=_positive, default=200, help="steps of each kind")
+    engines.add_argument("--turn", type=_positive, default=10, help="steps of one turn of the loops")
     for command in bench.choices.values():
         command.add_argument("--json", type=Path, metavar="FILE", help="write the result there as well")
     return parser
@@ -90,6 +125,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parsed
 
 
+def _listed(text: str) -> list[str]:
+    return [item for item in text.split(",") if item]
+
+
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -103,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parsed = _parse(arguments)
         return _COMMANDS[parsed.command](parsed)
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0" or not error.shared:
+        if _speaks(error.shared):
             print(f"elsewhere: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # `elsewhere configs | head`
@@ -170,6 +209,16 @@ def _bench(arguments: argparse.Namespace) -> int:
         except DataError as error:
             raise UserError(str(error)) from error
         print_data_table(result)
+    elif arguments.part == "engines":
+        from .bench_engines import bench_engines, print_engines_tables
+
+        result = bench_engines(
+            arguments.recipe, arguments.overrides, arguments.engines, arguments.measure, arguments.batch,
+            arguments.steps, arguments.turn,
+        )  # fmt: skip
+        if os.environ.get("RANK", "0") != "0":
+            return 0
+        print_engines_tables(result)
     else:
         from .bench_step import bench_step, print_step_table, variants
 
