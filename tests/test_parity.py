@@ -137,18 +137,39 @@ def difference(losses, engine, recipe, precision):
 
 
 @pytest.fixture(scope="module")
-def losses(tmp_path_factory):
-    return train_all(tmp_path_factory.mktemp("parity"))
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("parity")
+
+
+@pytest.fixture(scope="module")
+def losses(folder):
+    return train_all(folder)
 
 
 OTHERS = [engine for engine in ENGINES if engine != "one process"]
+CHANGED = [*OTHERS, *ENGINES_BESIDE, *(f"{first} -> {second}" for first, second in RESUMED)]
 pytestmark = pytest.mark.long
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("engine", [*OTHERS, *ENGINES_BESIDE, *(f"{first} -> {second}" for first, second in RESUMED)])
+@pytest.mark.parametrize("engine", CHANGED)
 def test_an_engine_gives_the_losses_of_one_process(engine, recipe, losses):
     assert difference(losses, engine, recipe, "float32") <= 1e-5
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("engine", CHANGED)
+def test_an_engine_ends_with_the_tensors_of_one_process(engine, recipe, losses, folder):
+    """An adversary or a teacher that stood still would hardly show in 20 losses."""
+    from elsewhere.launch.tensor_files import read_tensors
+
+    runs = [folder / f"{name}|{recipe}|float32" for name in ("one process", engine)]
+    one, other = (read_tensors(run / "checkpoints" / "step-00000020", lambda name: True) for run in runs)
+    assert one.keys() == other.keys()
+    still = ("method.teacher.", "adversary.", "exp_avg")  # Adam's steps make more of a rounding than these
+    for name, tensor in one.items():
+        worst = (tensor - other[name]).abs().max().item()
+        assert worst <= (1e-6 if name.startswith(still) else 1e-4), f"{name}: {worst:.1e}"
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
