@@ -85,8 +85,18 @@ def _in_row(shape: Sequence[int], index: int, start: int, stop: int) -> Iterator
         yield Box((index, *box.offsets), (1, *box.sizes), begin + box.begin)
 
 
-def _pieces_boxes(piece: Piece) -> list[Box]:
+def _boxes_of(piece: Piece) -> list[Box]:
     return list(boxes(piece.shape, piece.start, piece.start + piece.values.numel()))
+
+
+class _Places:
+    """Where the library finds the boxes of pieces: by name and offsets."""
+
+    def __init__(self, pieces: Mapping[str, Piece]):
+        self.found = {(name, box.offsets): (piece, box) for name, piece in pieces.items() for box in _boxes_of(piece)}
+
+    def __getitem__(self, index: MetadataIndex) -> Tensor:
+        return _view(*self.found[index.fqn, tuple(index.offset or ())])
 
 
 def _view(piece: Piece, box: Box) -> Tensor:
@@ -100,14 +110,11 @@ class _SavePlanner(DefaultSavePlanner):
 
     def __init__(self, pieces: Mapping[str, Piece]):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self._pieces = pieces
-        self._boxes = {
-            (name, box.offsets): (piece, box) for name, piece in pieces.items() for box in _pieces_boxes(piece)
-        }
+        self._places = _Places(pieces)
 
     def create_local_plan(self) -> SavePlan:
         items = []
-        for (name, _), (piece, box) in self._boxes.items():
+        for (name, _), (piece, box) in self._places.found.items():
             offsets = torch.Size(box.offsets)
             data = TensorWriteData(
                 ChunkStorageMetadata(offsets, torch.Size(box.sizes)),
@@ -119,8 +126,7 @@ class _SavePlanner(DefaultSavePlanner):
         return self.plan
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
-        index = write_item.index
-        return _view(*self._boxes[index.fqn, tuple(index.offset or ())])
+        return self._places[write_item.index]
 
 
 class _LoadPlanner(DefaultLoadPlanner):
@@ -128,26 +134,20 @@ class _LoadPlanner(DefaultLoadPlanner):
 
     def __init__(self, pieces: Mapping[str, Piece]):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self._pieces = pieces
-        self._boxes = {
-            (name, box.offsets): (piece, box) for name, piece in pieces.items() for box in _pieces_boxes(piece)
-        }
+        self._pieces, self._places = pieces, _Places(pieces)
 
     def create_local_plan(self) -> LoadPlan:
         assert isinstance(self.metadata, Metadata)
         items: list[ReadItem] = []
         for name, piece in self._pieces.items():
-            chunks = [
-                ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes)) for box in _pieces_boxes(piece)
-            ]
+            chunks = [ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes)) for box in _boxes_of(piece)]
             stored = self.metadata.state_dict_metadata[name]
             assert isinstance(stored, TensorStorageMetadata)
             items += create_read_items_for_chunk_list(name, stored, chunks)
         return LoadPlan(items)
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        index = read_item.dest_index
-        view = _view(*self._boxes[index.fqn, tuple(index.offset or ())])
+        view = self._places[read_item.dest_index]
         for dimension, (offset, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
             view = view.narrow(dimension, offset, length)
         return view

@@ -47,7 +47,9 @@ class Engine(ABC):
         self.adversary = adversary
         self.clipped_norm: Tensor | None = None
         self.applied = 0  # steps that were not skipped, which Adam's bias correction counts
-        self.overflow_in = ""  # what had a gradient that was not finite, at the last step that was skipped
+        # What had a gradient that was not finite at the last step that was skipped; ZeRO names the adversary alone
+        # where both had.
+        self.overflow_in = ""
         if world.size > 1:
             for tensor in adversary.tensors.values() if adversary else ():
                 dist.broadcast(tensor.detach(), 0)

@@ -51,17 +51,19 @@ class TorchEngine(Engine):
 
     def _overflowed(self) -> bool:
         """Unscale all gradients; whether one is not finite, on any rank."""
-        adversary = self._adversary_gradients()
-        method = [self._numbers(p.grad) for p in self._parameters.values() if p.grad is not None]
-        found = self.scaler.unscale(_of_one_device([*method, *adversary]))
-        found = sum(flag.to(self.world.device) for flag in found)
-        assert torch.is_tensor(found)
+        gradients = {
+            "method": [self._numbers(p.grad) for p in self._parameters.values() if p.grad is not None],
+            "adversary": self._adversary_gradients(),
+        }
+        flags = torch.zeros(len(gradients), device=self.world.device)
+        for flag, those in zip(flags, gradients.values(), strict=True):
+            for found in self.scaler.unscale(_of_one_device(those)):
+                flag += found.to(flag.device)
         if self.world.size > 1:
-            dist.all_reduce(found, dist.ReduceOp.MAX)
-        if not bool(found):
+            dist.all_reduce(flags, dist.ReduceOp.MAX)
+        if not bool(flags.any()):
             return False
-        own = not all(bool(gradient.isfinite().all()) for gradient in adversary)  # averaged: the same on all ranks
-        self.overflow_in = "adversary" if own else "method"
+        self.overflow_in = " and ".join(name for name, flag in zip(gradients, flags.tolist(), strict=True) if flag)
         return True
 
     @staticmethod

@@ -6,7 +6,9 @@ import contextlib
 import io
 import logging
 import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +25,11 @@ from .base import MOMENTS, Engine, prepare_moments, set_steps
 def import_deepspeed(world: World):
     """The package, for this world's kind of device; it takes seconds, and chooses its device when it is imported."""
     os.environ.setdefault("DS_ACCELERATOR", world.device.type)
+    # It compiles with the ninja of PATH: in an environment that is not activated none, or another than the last time's,
+    # which would compile everything again.
+    beside = Path(sys.executable).parent
+    if (beside / "ninja").exists():
+        os.environ["PATH"] = os.pathsep.join([str(beside), os.environ.get("PATH", "")])
     for name, number in (("RANK", world.rank), ("WORLD_SIZE", world.size), ("LOCAL_RANK", world.local_rank)):
         os.environ.setdefault(name, str(number))  # it asks for them even where it is alone
     for name in ("torch.utils.cpp_extension", "DeepSpeed"):
