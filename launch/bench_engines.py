@@ -182,13 +182,15 @@ def print_engines_tables(result: dict[str, Any]) -> None:
     rows = result.get("overhead", ())
     if rows:
         print(
-            f"\n{'overhead':12} {'steps':>6} {'ours ms':>8} {'bare ms':>8} {'ratio':>6} {'quartiles':>13}  "
+            f"\n{'overhead':12} {'steps':>6} {'ours ms':>8} {'bare ms':>8} {'ratio':>6} {'quartiles':>13} "
+            f"{'CPU':>6} {'quartiles':>13}  "
             "losses differ by"
         )
     for row in rows:
         print(
             f"{Path(row['engine']).stem:12} {row['steps']:>6} {1e3 * row['ours']:>8.1f} {1e3 * row['bare']:>8.1f} "
-            f"{row['ratio']:>6.3f} {_span(row['ratio_quartiles']):>13}  {row['losses_differ_by']:.0e}"
+            f"{row['ratio']:>6.3f} {_span(row['ratio_quartiles']):>13} "
+            f"{row['cpu_ratio']:>6.3f} {_span(row['cpu_ratio_quartiles']):>13}  {row['losses_differ_by']:.0e}"
         )
     rows = result.get("saving", ())
     if rows:

@@ -8,6 +8,7 @@ import itertools
 import json
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -127,9 +128,11 @@ class Bare:
             fully_shard(method, mesh=mesh)
         elif world.size > 1:
             ids = [world.device.index] if world.device.type == "cuda" else None
-            self.model = DistributedDataParallel(
-                method, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # of another name for broadcast_buffers, from 2.15 on
+                self.model = DistributedDataParallel(
+                    method, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+                )
         self.optimizer = _set_rates(build_optimizer(config, method), config)
 
     def _begin_deepspeed(self, config: Config, batch: int) -> None:
@@ -265,17 +268,19 @@ def overhead(config: Config, world: World, batch: int, steps: int, turn: int, ru
             mark()
 
     totals: dict[str, list[float]] = {"ours": [], "bare": []}
+    worked: dict[str, list[float]] = {"ours": [], "bare": []}
     each: dict[str, list[float]] = {"ours": [], "bare": []}
     kinds = [("ours", take_ours), ("bare", take_bare)]
     for number in range(-(-steps // turn) + 1):
         for name, take in kinds if number % 2 else reversed(kinds):
             world.gather_host(None)  # ranks begin a turn together
-            marks = [time.perf_counter()]
+            marks, working = [time.perf_counter()], time.process_time()
             take(number * turn, lambda marks=marks: marks.append(time.perf_counter()))
             if world.device.type == "cuda":
                 torch.cuda.synchronize()
             if number:  # the first turn pays for caches and compilers
                 totals[name].append(time.perf_counter() - marks[0])
+                worked[name].append(time.process_time() - working)  # which other jobs on the machine hardly change
                 each[name] += [after - before for before, after in itertools.pairwise(marks)]
     ours.monitor.flush()
     means = world.gather(torch.stack(bare_losses)).mean(dim=0).tolist()
@@ -283,9 +288,16 @@ def overhead(config: Config, world: World, batch: int, steps: int, turn: int, ru
     ours_losses = world.gather_host(ours.losses() if world.first else None)[0][:turn]
     difference = max(abs(a - b) for a, b in zip(ours_losses, means, strict=True))
     assert difference <= _AGREE, f"the two loops differ by {difference:.1e}: {ours_losses} and {means}"
-    ratios = [a / b for a, b in zip(totals["ours"], totals["bare"], strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    low, middle, high = _ratios(totals)
+    low_cpu, middle_cpu, high_cpu = _ratios(worked)
     return {
         "steps": len(each["ours"]), "ours": statistics.median(each["ours"]), "bare": statistics.median(each["bare"]),
-        "ratio": middle, "ratio_quartiles": [low, high], "losses_differ_by": difference,
+        "ratio": middle, "ratio_quartiles": [low, high], "cpu_ratio": middle_cpu,
+        "cpu_ratio_quartiles": [low_cpu, high_cpu], "losses_differ_by": difference,
     }  # fmt: skip
+
+
+def _ratios(turns: dict[str, list[float]]) -> list[float]:
+    """Quartiles of the ratios of neighbouring turns."""
+    found = [a / b for a, b in zip(turns["ours"], turns["bare"], strict=True)]
+    return statistics.quantiles(found, n=4) if len(found) > 1 else found * 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -113,8 +114,14 @@ class DdpEngine(TorchEngine):
         self._module: nn.Module = method
         if world.size > 1:
             devices = [world.device.index] if world.device.type == "cuda" else None
+            # Buffers are constants here; torch 2.15 calls the option otherwise.
+            known = inspect.signature(DistributedDataParallel).parameters
+            option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
             self._module = DistributedDataParallel(
-                method, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+                method,
+                device_ids=devices,
+                gradient_as_bucket_view=True,
+                **{option: False},  # pyright: ignore
             )
         self._begin(optimizer)
 

@@ -49,7 +49,7 @@ _ZERO = {
     "stage3_param_persistence_threshold", "stage3_model_persistence_threshold", "stage3_max_live_parameters",
     "stage3_max_reuse_distance", "stage3_gather_16bit_weights_on_model_save", "stage3_module_granularity_threshold",
     "stage3_use_all_reduce_for_fetch_params", "stage3_allgather_sequential", "ignore_unused_parameters",
-    "round_robin_gradients", "parameter_alignment", "override_module_apply",
+    "parameter_alignment", "override_module_apply",
     "log_trace_cache_warnings", "enable_sanity_checks",
 }  # fmt: skip
 # The only value at which a ZeRO option leaves the result alone, or at which it was tried, and why.
@@ -61,6 +61,7 @@ _ZERO_AT = {
     # It adds the bias in place to a product that `selective` has kept, and again to the kept one in the backward.
     "memory_efficient_linear": (False, "gives wrong gradients under engine.activation_checkpointing=selective"),
     "compute_grad_norm": (True, "leaves no norm to clip by or to check"),
+    "round_robin_gradients": (False, "misplaces which rank holds which weight in deepspeed 0.19.8"),
     "elastic_checkpoint": (False, "is for DeepSpeed's own checkpoints, in whose place ours are written"),
     "legacy_stage1": (False, "was not tried"),
     "zenflow": (None, "steps some weights later than others, which changes the result"),
@@ -145,9 +146,10 @@ def check_recipe(
             "engine.deepspeed at ZeRO stage 3 gathers every layer's weights on its own, which cuts a compiled block to "
             "pieces: set engine.compile=false, engine.deepspeed=zero2, or engine.kind=fsdp."
         )
-    if clip_grad > 0 and clip_scope == "encoder":
+    if stage(settings) > 0 and clip_grad > 0 and clip_scope == "encoder":
         raise UserError(
-            "engine.kind=deepspeed clips all gradients together: set optim.clip_scope=all, or engine.kind=ddp or fsdp."
+            "DeepSpeed clips all gradients together at ZeRO stages 1 to 3: set optim.clip_scope=all, or "
+            "engine.kind=ddp or fsdp."
         )
 
 

@@ -147,10 +147,22 @@ class ZeroEngine(Engine):
         if self.stage == 0:
             prepare_moments(self._client)
             return
+        if self.stage == 3 and not self._zero.offload_optimizer:
+            self._share_weights()
         for flat in self._flat():
             state = {name: torch.zeros_like(flat) for name in MOMENTS}
             step = torch.zeros((), device=flat.device)
             self._client.state[flat] = {**state, "step": step if isinstance(self._client, torch.optim.AdamW) else 0}
+
+    def _share_weights(self) -> None:
+        """Let the optimiser step the very numbers that the model is gathered from.
+
+        In float32 they are copies of each other, which deepspeed means to share but compares a device with a string.
+        """
+        zero = self._zero
+        for flat, stored in zip(zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat, strict=True):
+            if stored is not None and stored.dtype == flat.dtype and stored.device == flat.device:
+                flat.data = stored.data
 
     def _set_applied(self, steps: int) -> None:
         set_steps(self._client, steps)
