@@ -38,7 +38,7 @@ def find_checkpoint(path: Path) -> Saved | None:
         try:
             return inspect(path)
         except ValueError as error:
-            raise UserError(f"{path} is damaged: {error}.") from error
+            raise UserError(f"{path} is damaged: {error}; take another checkpoint of the run.") from error
     return None
 
 

@@ -76,10 +76,12 @@ def pretrain(
         elif config.init.from_:
             path = config.init.from_
             start = f"encoder weights from {world.agree(lambda: start_from(parts.method, path))}"
+        console = console or Console()
+        if world.first and config.engine.kind == "deepspeed":
+            say(console, "DeepSpeed starts; the first time it compiles a part of itself, which takes a minute or two.")
         engine = world.agree(lambda: build_engine(config, parts.method, world, parts.micro_batch, parts.accumulation))
         if saved:
             world.agree(lambda: restore(engine, saved))
-        console = console or Console()
         if world.first:
             (run / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
             for complaint in complaints:
