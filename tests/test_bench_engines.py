@@ -79,7 +79,7 @@ def measure(folder, recipe, settings, engines, ranks=2, measures="overhead"):
     return json.loads(path.read_text()), done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("recipe, settings", [("demo", STOP), ("demo_adpe", ADPE)], ids=["StoP", "AdPE"])
 @pytest.mark.parametrize("engines", ["ddp,fsdp", "zero2,zero3"])
 def test_the_bare_loops_take_the_steps_of_ours(recipe, settings, engines, tmp_path):
@@ -92,7 +92,7 @@ def test_the_bare_loops_take_the_steps_of_ours(recipe, settings, engines, tmp_pa
     assert table.count("losses differ by") == 1  # rank 0 alone prints
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_fsdp_divides_all_states_between_two_ranks(tmp_path):
     result, _ = measure(tmp_path, "demo", STOP, "fsdp", measures="bytes")
     row = result["bytes"][0]
