@@ -23,11 +23,9 @@ def check_engine(config: Config, world: World, micro_batch: int, accumulation: i
     """Raise UserError for an engine that cannot do what the recipe asks, before anything is built."""
     engine, optim = config.engine, config.optim
     if engine.kind == "fsdp":
-        if world.size % engine.replicas:
-            raise UserError(
-                f"engine.replicas={engine.replicas} does not divide the {world.size} processes of this run; choose one "
-                "that does, or engine.replicas=1."
-            )
+        from .fsdp import check_replicas
+
+        check_replicas(world, engine.replicas)
         if engine.offload and optim.kind == "apex_adamw":
             raise UserError("engine.offload=true steps on the CPU, which NVIDIA Apex cannot: set optim.kind=adamw.")
     elif engine.kind == "deepspeed":

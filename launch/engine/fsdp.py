@@ -20,13 +20,18 @@ from ..world import World
 from .ddp import TorchEngine
 
 
-def make_mesh(world: World, replicas: int) -> DeviceMesh:
-    """The ranks in a row, or in `replicas` rows that each hold the whole model; UserError where they do not divide."""
+def check_replicas(world: World, replicas: int) -> None:
+    """Raise UserError where the ranks cannot be cut into `replicas` groups of one size."""
     if world.size % replicas:
         raise UserError(
             f"engine.replicas={replicas} does not divide the {world.size} processes of this run; choose one that does, "
             "or engine.replicas=1."
         )
+
+
+def make_mesh(world: World, replicas: int) -> DeviceMesh:
+    """The ranks in a row, or in `replicas` rows that each hold the whole model."""
+    check_replicas(world, replicas)
     if replicas == 1:
         return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shards",))
     return init_device_mesh(
