@@ -291,7 +291,7 @@ sys.exit(status)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux's /proc")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_memory_holds_two_tensors_and_not_the_model(tmp_path, dtype):

@@ -85,7 +85,7 @@ def two_ranks(tmp_path_factory):
     return folder / "saved"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "shape"), [("rows", (7, 3)), ("columns", (4, 5)), ("one", (1, 2)), ("same", (3, 3))])
 def test_the_parts_of_two_ranks_make_up_each_tensor(two_ranks, name, shape):
     assert len(list(two_ranks.glob("*.distcp"))) == 2
@@ -93,7 +93,7 @@ def test_the_parts_of_two_ranks_make_up_each_tensor(two_ranks, name, shape):
     assert found.shape == shape and found.flatten().tolist() == list(range(found.numel()))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_missing_part_is_named(two_ranks, tmp_path):
     import shutil
 
