@@ -141,7 +141,7 @@ class Checkpoints:
         aside = self.folder / f".writing-{final.name}"
         world = self.world
         with contextlib.suppress(AttributeError, OSError):  # Linux: threads have priorities of their own
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
         def begin() -> None:
             if world.first:
