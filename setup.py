@@ -14,7 +14,7 @@ class BuildWithoutSetup(build_py):
         return [found for found in modules if (found[0], found[1]) != ("elsewhere", "setup")]
 
 
-ROOMS = ["", ".launch", ".launch.engine", ".models", ".kernels", ".data"]
+ROOMS = ["", ".launch", ".launch.engine", ".launch.nodes", ".launch.planning", ".models", ".kernels", ".data"]
 
 setup(
     name="elsewhere",

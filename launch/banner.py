@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from torch import nn
 
@@ -14,6 +13,7 @@ from ..models.mae import Mae
 from ..models.method import Method
 from .config import Config
 from .monitor import hardware, say
+from .nodes.hosts import versions_line
 from .parts import Parts
 from .world import World
 
@@ -75,8 +75,10 @@ def cautions(config: Config) -> list[str]:
     return found
 
 
-def banner(console: Console, config: Config, world: World, parts: Parts, start: str, notes: list[str]) -> None:
-    """Hardware, precision and why, sizes, batch and steps, and where the run starts."""
+def banner(
+    console: Console, config: Config, world: World, parts: Parts, start: str, notes: list[str], hosts: list[str]
+) -> None:
+    """Machines and versions, precision and why, sizes, batch and steps, and where the run starts."""
     method, batch = parts.method, config.optim.batch_size
     dtype = str(method.compute_dtype).removeprefix("torch.")
     micro = f" × {parts.accumulation} micro-batches" if parts.accumulation > 1 else ""
@@ -86,7 +88,8 @@ def banner(console: Console, config: Config, world: World, parts: Parts, start: 
     teacher = " and teacher" if isinstance(method, Jepa) else ""
     lines = {
         "run": f"{config.run.dir}  (recipe: {config.about})" if config.about else config.run.dir,
-        "hardware": f"{hardware(world)}, torch {torch.__version__}",
+        "hardware": hardware(world),
+        "versions": versions_line(config),
         "engine": _engine(config, world),
         "precision": f"{dtype} ({parts.precision_reason}); parameters{teacher} float32",
         "model": f"{_trained(config, method)}, {rows}×{columns} patches, {parts.gflops_per_image:.3g} GFLOP an image",
@@ -98,6 +101,9 @@ def banner(console: Console, config: Config, world: World, parts: Parts, start: 
     }
     for name, text in lines.items():
         say(console, f"{name:10} {text}")
+        if name == "hardware" and world.size > world.local_size:
+            for host in hosts:
+                say(console, f"{'':10} {host}")
     for note in [*cautions(config), *notes]:
         say(console, note)
 

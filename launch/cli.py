@@ -19,12 +19,15 @@ import argparse  # noqa: E402
 import json  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
 from importlib.metadata import version  # noqa: E402
-from typing import NoReturn  # noqa: E402
+from typing import TYPE_CHECKING, NoReturn  # noqa: E402
 
 from .consolidate import add_consolidate_command, run_consolidate  # noqa: E402
 from .errors import UserError  # noqa: E402
 from .inspect_path import add_inspect_command, run_inspect  # noqa: E402
 from .shards import add_shards_command, run_shards  # noqa: E402
+
+if TYPE_CHECKING:
+    from .config import Config
 
 
 class _Parser(argparse.ArgumentParser):
@@ -38,7 +41,8 @@ class _Parser(argparse.ArgumentParser):
 
 def _speaks(shared: bool = False) -> bool:
     """Whether this process says what is wrong: the first of all, or where others may not know it, of its machine."""
-    return os.environ.get("RANK" if shared else "LOCAL_RANK", "0") == "0"
+    name = "RANK" if shared else "LOCAL_RANK"
+    return os.environ.get(name, os.environ.get({"RANK": "SLURM_PROCID"}.get(name, "SLURM_LOCALID"), "0")) == "0"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -62,6 +66,22 @@ def _parser() -> argparse.ArgumentParser:
     pretrain.add_argument("--fresh", action="store_true", help="refuse to continue a run that is there already")
     pretrain.add_argument(
         "--allow-config-change", action="store_true", help="continue although settings that change the result differ"
+    )
+    many = pretrain.add_argument_group(
+        "several machines, and failures", "Start the same command on each machine; without --supervise, by a launcher."
+    )
+    many.add_argument(
+        "--supervise", type=_count, metavar="N", help="start a process per GPU here, and all anew up to N times"
+    )
+    many.add_argument("--nodes", type=_positive, help="machines (1, or as the hostfile or SLURM say)")
+    many.add_argument("--node-rank", type=_count, metavar="I", help="which of them this one is, from 0")
+    many.add_argument("--master", metavar="HOST[:PORT]", help="where the first one listens (port 29400)")
+    many.add_argument("--processes", type=_positive, metavar="P", help="processes here (its GPUs, or 1)")
+    many.add_argument(
+        "--hostfile", type=Path, help="in their place: a file with a line `HOST slots=P` for each machine"
+    )
+    many.add_argument(
+        "--wait", type=_positive, default=300, metavar="SECONDS", help="for a machine to come, or come back (300)"
     )
     recipe_command("show", "Print a recipe with its bases and overrides merged.")
     commands.add_parser("configs", help="List the packaged recipes.", description="List the packaged recipes.")
@@ -129,6 +149,13 @@ def _listed(text: str) -> list[str]:
     return [item for item in text.split(",") if item]
 
 
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError("must be 0 or more")
+    return value
+
+
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -142,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parsed = _parse(arguments)
         return _COMMANDS[parsed.command](parsed)
     except UserError as error:
-        if _speaks(error.shared):
+        if not error.said and _speaks(error.shared):
             print(f"elsewhere: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # `elsewhere configs | head`
@@ -155,20 +182,60 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _pretrain(arguments: argparse.Namespace) -> int:
     from .config import load_config
 
-    config = load_config(arguments.recipe, arguments.overrides)
+    try:
+        config = load_config(arguments.recipe, arguments.overrides)
+    except UserError as error:
+        from .nodes.announce import announce
+
+        announce(error)
+        raise
+    if arguments.supervise is not None:
+        return _supervise(arguments, config)
+    given = [
+        name for name in ("nodes", "node_rank", "master", "processes", "hostfile") if vars(arguments)[name] is not None
+    ]
+    if given:
+        raise UserError(f"--{given[0].replace('_', '-')} belongs to --supervise N: add that, or use a launcher's own.")
     # Only now: torch takes seconds to import, and a misspelt setting should not wait for it.
     from ..data.images import DataError
+    from .engine.precision import LossScaleTooSmall
     from .monitor import NonFiniteLoss
+    from .nodes.guard import RankFailed
     from .pretrain import pretrain
 
     try:
         result = pretrain(config, fresh=arguments.fresh, allow_config_change=arguments.allow_config_change)
     except DataError as error:
-        raise UserError(str(error)) from error
-    except (NonFiniteLoss, FloatingPointError) as error:
-        print(f"elsewhere: {error}", file=sys.stderr)
-        return 3
+        raise UserError(str(error), said=getattr(error, "said", False)) from error
+    except (NonFiniteLoss, LossScaleTooSmall) as error:
+        if _speaks(shared=True):
+            print(f"elsewhere: {error}", file=sys.stderr)
+        return error.status
+    except RankFailed as error:
+        return error.status
+    except Exception as error:
+        if getattr(error, "said", False):
+            return 1
+        raise
     return 128 + result.signal if result.signal else 0
+
+
+def _supervise(arguments: argparse.Namespace, config: Config) -> int:
+    import torch
+
+    from .nodes.hostfile import find_machines
+    from .nodes.supervise import Terms, supervise
+
+    devices = 0 if config.engine.device == "cpu" else torch.cuda.device_count()
+    if not devices and config.engine.device == "cuda":
+        raise UserError("engine.device=cuda, but no NVIDIA GPU is visible; use engine.device=cpu or auto.")
+    machines = find_machines(
+        hostfile=arguments.hostfile, nodes=arguments.nodes, node_rank=arguments.node_rank, master=arguments.master,
+        processes=arguments.processes, devices=devices,
+    )  # fmt: skip
+    flags = ["--fresh"] * arguments.fresh + ["--allow-config-change"] * arguments.allow_config_change
+    command = ["pretrain", arguments.recipe, *arguments.overrides, *flags]
+    return supervise(machines, Terms(arguments.supervise, arguments.wait, config.engine.silence_seconds), command)
 
 
 def _show(arguments: argparse.Namespace) -> int:

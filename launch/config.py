@@ -245,6 +245,8 @@ class Engine(Section):
     offload: bool = False  # fsdp: weights and optimiser state in host memory
     activation_checkpointing: Literal["none", "selective", "full"] | Annotated[int, Field(ge=2)] = "none"
     compile: bool = False  # the blocks, by torch.compile
+    wait_minutes: Positive = 30.0  # for ranks that do not come to the start or to a collective; then the run ends
+    silence_seconds: Annotated[float, Field(ge=5)] = 30.0  # of a rank that is frozen or cut off; then the run ends
 
 
 class LoaderSection(Section):
@@ -474,16 +476,17 @@ def _example(where: str) -> str:
 def result_settings(config: Config) -> dict[str, Any]:
     """The settings that change a run's result, flat and by dotted name."""
     values = config.to_dict()
-    flat = dict(_flatten({section: values[section] for section in RESULT_SECTIONS}))
+    flat = dict(flatten({section: values[section] for section in RESULT_SECTIONS}))
     # Where images are may change, but not how often each place is drawn from.
     kept = {key: value for key, value in flat.items() if key not in MAY_MOVE}
     return kept | {"weights in data.path": config.data.places()[1]}
 
 
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested settings by their dotted names."""
     for key, value in values.items():
         if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
 

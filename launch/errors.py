@@ -9,12 +9,12 @@ from contextlib import contextmanager
 class UserError(Exception):
     """Shown without a traceback; the command exits with status 2.
 
-    `shared` says that every rank raises the same error, so that the first alone prints it.
+    `shared` says that every rank raises the same error, so that the first alone prints it; `said`, that it was printed.
     """
 
-    def __init__(self, message: str, shared: bool = False):
+    def __init__(self, message: str, shared: bool = False, said: bool = False):
         super().__init__(message)
-        self.shared = shared
+        self.shared, self.said = shared, said
 
 
 @contextmanager

@@ -26,19 +26,22 @@ def train(
 ) -> int:
     """Take optimiser steps `first` … `last - 1`, and return how many are finished (fewer, if a signal came)."""
     batches = iter(loader)
-    device = engine.world.device
+    device, at = engine.world.device, engine.world.guard.at
     for step in range(first, last):
         set_step(engine.optimizer, schedules, step)
         total, scalars, wait, redraws, skipped, images = torch.zeros((), device=device), {}, 0.0, 0, [], 0
         for micro in range(engine.accumulation):
+            at(step, "waiting for data")
             asked = time.perf_counter()
             batch = next(batches)
             wait += time.perf_counter() - asked
             assert batch.step == step, "the loader and the loop count the same steps"
+            at(step, "in forward and backward")
             loss, values = engine.forward_backward(batch, micro)
             total += loss / engine.accumulation
             scalars = {name: scalars.get(name, 0.0) + value / engine.accumulation for name, value in values.items()}
             redraws, skipped, images = redraws + batch.redraws, skipped + batch.skipped, images + len(batch)
+        at(step, "in the optimiser's step")
         applied = engine.step(adversary_schedules.lr_at(step))
         if applied:  # a skipped step leaves the teacher where it is
             engine.after_step(schedules.momentum_at(step))
@@ -61,6 +64,7 @@ def train(
             facts["adversary_lr"] = adversary_schedules.lr_at(step)
         if engine.scaler.enabled:
             facts |= {"loss_scale": engine.scaler.value, "skipped_steps": float(engine.scaler.skipped)}
+        at(step, "after it")
         monitor.record(total, scalars, facts, wait)
         if not applied:
             monitor.say_skip(engine.overflow_in, engine.scaler.value if engine.scaler.enabled else None)

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from ..data.images import DataError
+from .errors import UserError
 from .world import World
 
 # Dense half-precision peaks in TFLOP/s, from the makers' data sheets.
@@ -24,7 +24,9 @@ PEAKS = {"B200": 2250.0, "H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 36
 
 
 class NonFiniteLoss(Exception):
-    """A loss is not a number; the message names rank and step."""
+    """A loss is not a number; the message names rank and step. All ranks raise it at once."""
+
+    shared, status = True, 3
 
 
 def say(console: Console, text: str) -> None:
@@ -58,9 +60,9 @@ def rank_me(features: Tensor) -> float:
 class Monitor:
     """Collects each step's values on the device and reads them every `every` steps, so that no step waits for them.
 
-    Only rank 0 writes; a loss that is not finite raises `NonFiniteLoss` on every rank, and so does `DataError` more
-    than `max_corrupt` unreadable images in an epoch. A resumed run drops the rows that an earlier life wrote beyond
-    the checkpoint, since those steps are taken again.
+    Only rank 0 writes; a loss that is not finite raises `NonFiniteLoss` on every rank, and more than
+    `max_corrupt` unreadable images in an epoch raise `UserError`. A resumed run drops the rows that an earlier life
+    wrote beyond the checkpoint, since those steps are taken again.
     """
 
     def __init__(
@@ -175,9 +177,10 @@ class Monitor:
         self._corrupt += round(row.get("skipped_images", 0))
         if self.max_corrupt is not None and self._corrupt > self.max_corrupt:
             named = "; ".join(sorted(self._named)[:3])
-            raise DataError(
+            raise UserError(
                 f"{self._corrupt} images of epoch {self._epoch} cannot be read, more than data.max_corrupt="
-                f"{self.max_corrupt} (rank {self.world.rank} met {named or 'none of them'}); repair them, or raise it."
+                f"{self.max_corrupt} (rank {self.world.rank} met {named or 'none of them'}); repair them, or raise it.",
+                shared=True,
             )
 
     def _report(self, done: int, text: str, rate: float) -> None:

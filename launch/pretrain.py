@@ -24,6 +24,7 @@ from .engine.choose import build_engine, check_engine
 from .load import start_from
 from .loop import train
 from .monitor import Monitor, peak_tflops, say
+from .nodes.hosts import check_hosts, check_shared_folder
 from .parts import Parts, assemble
 from .quality import probe
 from .resume import check_same, describe, open_run, restore
@@ -60,13 +61,16 @@ def pretrain(
     Raises UserError or DataError for anything that a user can mend, NonFiniteLoss for a run that diverged.
     """
     config = recipe if isinstance(recipe, Config) else load_config(recipe, overrides)
-    world = join(config.engine.device, group=config.engine.kind != "ddp")
+    engine = config.engine
+    world = join(engine.device, engine.kind != "ddp", 60 * engine.wait_minutes, engine.silence_seconds)
     held: list[int] = []
     checkpoints: Checkpoints | None = None
     try:
         run = Path(str(config.run.dir))
         checkpoints = Checkpoints(run, config.checkpoint.keep, world)
+        hosts = check_hosts(config, world)
         saved, complaints = world.first_decides(lambda: open_run(run, checkpoints, fresh, held))
+        check_shared_folder(run, world)
         parts = world.agree(lambda: assemble(config, world, dataset, val_dataset))
         world.agree(lambda: check_engine(config, world, parts.micro_batch, parts.accumulation))
         notes = world.agree(lambda: check_same(config, parts, saved, allow_config_change) if saved else [])
@@ -86,13 +90,16 @@ def pretrain(
             (run / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
             for complaint in complaints:
                 say(console, f"{complaint} Falling back to the one before it.")
-            banner(console, config, world, parts, start, notes)
+            banner(console, config, world, parts, start, notes, hosts)
         before = saved.about.get("before") if saved else None
         result = Result(run, saved.step if saved else 0, False, before)
         _train(config, world, parts, engine, checkpoints, console, result, resumed=saved is not None)
         if world.first and result.complete:
             summary(console, run, result.steps, result.before, result.after)
         return result
+    except BaseException as error:
+        world.guard.failed(error)
+        raise
     finally:
         if checkpoints:
             checkpoints.close()

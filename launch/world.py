@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -14,6 +15,9 @@ from torch._C._distributed_c10d import HashStore
 
 from ..data.images import DataError
 from .errors import UserError
+from .nodes.guard import Guard, Judge
+from .nodes.meet import meet
+from .nodes.place import Place, find_place
 
 T = TypeVar("T")
 
@@ -27,6 +31,7 @@ class World:
     local_rank: int = 0
     local_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    guard: Guard = field(default_factory=lambda: Guard(Place()))
     joined: bool = False  # a process group was made, and is ours to take down
     host_group: dist.ProcessGroup | None = None  # gloo, for small messages that must not wait for the GPU
     writing_group: dist.ProcessGroup | None = None  # gloo, of the thread that writes checkpoints
@@ -78,6 +83,7 @@ class World:
     def close(self) -> None:
         if self.joined and dist.is_initialized():
             dist.destroy_process_group()
+        self.guard.close()
 
 
 def _attempt(build: Callable[[], T]) -> tuple[T | None, str | None]:
@@ -101,32 +107,42 @@ def pick_device(wanted: str, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def join(device: str = "auto", group: bool = False) -> World:
-    """Read torchrun's (or the deepspeed launcher's) environment and join the other processes, if any.
+def join(device: str = "auto", group: bool = False, wait: float = 1800.0, silence: float = 30.0) -> World:
+    """Find out which process this is and join the others, if any, within `wait` seconds.
 
-    `group` makes a process group for a single process, too, as engines need that divide weights.
+    `group` makes a process group for a single process, too, as engines need that divide weights. A collective that not
+    all ranks enter within `wait` seconds, or a rank not heard of for `silence` seconds, ends the run. Raises UserError
+    where the others cannot be reached, or this process has no device.
     """
+    place = find_place()
+    store, guard = None, Guard(place)
+    if place.size > 1:
+        # What each collective waits for is known to the flight recorder of torch, if that has room.
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "256")
+        judge = Judge(place.size, silence, wait)
+        store, hub, member = meet(place, judge, wait, guard.facts())
+        guard = Guard(place, silence, member, hub)
     try:
-        rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", size)))
-    except ValueError as error:
-        raise UserError(f"RANK, WORLD_SIZE and LOCAL_RANK must be numbers, as torchrun sets them: {error}.") from error
-    where = pick_device(device, local_rank)
-    world = World(rank, size, local_rank, local_size, where)
+        where = pick_device(device, place.local_rank)
+    except UserError as error:
+        guard.failed(error)
+        guard.close()
+        raise
+    world = World(place.rank, place.size, place.local_rank, place.local_size, where, guard)
     if where.type == "cuda":
         torch.cuda.set_device(where)
-    if (size > 1 or group) and not dist.is_initialized():
+    # Beyond the guard's own, which names who is missing.
+    patience = timedelta(seconds=wait + 60)
+    if (place.size > 1 or group) and not dist.is_initialized():
         # gloo beside nccl: FSDP2's offloaded gradients and what a checkpoint says are on the host.
         backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
-        if size > 1:
-            dist.init_process_group(backend)
-        else:
-            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+        dist.init_process_group(
+            backend, store=store or HashStore(), rank=place.rank, world_size=place.size, timeout=patience
+        )
         world.joined = True
-    if size > 1:
-        world.host_group = dist.new_group(backend="gloo")  # pyright: ignore
-        world.writing_group = dist.new_group(backend="gloo")  # pyright: ignore
+    if place.size > 1:
+        world.host_group = dist.new_group(backend="gloo", timeout=patience)  # pyright: ignore
+        world.writing_group = dist.new_group(backend="gloo", timeout=patience)  # pyright: ignore
     return world
 
 

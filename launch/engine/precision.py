@@ -21,6 +21,12 @@ def choose_precision(wanted: str, device: torch.device) -> tuple[torch.dtype, st
     return DTYPES[wanted], "as configured"
 
 
+class LossScaleTooSmall(FloatingPointError):
+    """No loss scale is left to try. All ranks raise it at once."""
+
+    shared, status = True, 3
+
+
 class LossScaler:
     """Dynamic scale of a float16 loss: halved when a gradient overflows, doubled after `patience` good steps.
 
@@ -48,7 +54,7 @@ class LossScaler:
         return flags
 
     def update(self, overflow: bool) -> None:
-        """Adapt the scale to a step; raises FloatingPointError at the smallest scale, where nothing is left to try."""
+        """Adapt the scale to a step; raises LossScaleTooSmall at the smallest scale, where nothing is left to try."""
         if not self.enabled:
             return
         if not overflow:
@@ -58,7 +64,7 @@ class LossScaler:
             return
         self.skipped, self.good = self.skipped + 1, 0
         if self.value <= self.smallest:
-            raise FloatingPointError(
+            raise LossScaleTooSmall(
                 f"float16 gradients overflow even at a loss scale of {self.value:g}: use engine.precision=bfloat16 or "
                 "float32, or a lower optim.lr."
             )
