@@ -133,7 +133,8 @@ SCRIPT = """
 import os, sys, time
 import torch
 import elsewhere
-from elsewhere.launch.cli import main
+import elsewhere.launch.monitor
+import elsewhere.launch.pretrain
 from elsewhere.launch.nodes.guard import RankFailed
 
 class Digits(torch.utils.data.Dataset):
@@ -146,6 +147,13 @@ class Digits(torch.utils.data.Dataset):
             {fault}
         return torch.full((1, 8, 8), i / 1024), 0
 
+class Monitor(elsewhere.launch.monitor.Monitor):
+    def record(self, *values):
+        super().record(*values)
+        if self.world.rank == 1 and self.step == 5:
+            {bug}
+
+elsewhere.launch.pretrain.Monitor = Monitor
 settings = dict(item.split("=", 1) for item in sys.argv[1:])
 import yaml
 settings = {{key: yaml.safe_load(value) for key, value in settings.items()}}
@@ -153,38 +161,50 @@ try:
     elsewhere.pretrain("demo", dataset=Digits(), **settings)
 except RankFailed as error:
     sys.exit(error.status)
+except Exception:
+    sys.exit(1)  # it was said
 """
 
 
-def script(tmp_path, fault, **settings):
+def script(tmp_path, fault="pass", bug="pass", **settings):
+    """Commands of a run in which rank 1 meets `fault` in its images, or `bug` after its step 4."""
     path = tmp_path / "script.py"
-    path.write_text(SCRIPT.format(fault=fault))
-    given = {**settings}
-    return [[*torchrun(n), str(path), *arguments(tmp_path, **given)] for n in range(2)]
+    path.write_text(SCRIPT.format(fault=fault, bug=bug))
+    return [[*torchrun(n), str(path), *arguments(tmp_path, **settings)] for n in range(2)]
 
 
 @pytest.mark.long
 @needs_namespaces
 def test_one_failing_rank_ends_all_with_its_own_error_first(two, tmp_path):
-    found, statuses, _ = launch(two, script(tmp_path, "raise ValueError('this one fails')"), tmp_path)
+    found, statuses, _ = launch(two, script(tmp_path, bug="1 // 0"), tmp_path)
     assert 0 not in statuses
-    sentence = "rank 1 on n1 failed at step 5, waiting for data: ValueError: this one fails"
+    sentence = "rank 1 on n1 failed at step 4, after it: ZeroDivisionError: integer division or modulo by zero"
     for text in found:
         assert said(text)[0] == f"elsewhere: {sentence}."
-    ours = found[1].index(sentence)
-    assert "Traceback" not in found[1][:ours] and "this one fails" in found[1][ours + len(sentence) :]
-    assert "Traceback" not in found[0].partition("elastic")[0]
+    before, _, after = found[1].partition(sentence)
+    assert "Traceback" not in before and "ZeroDivisionError" in after  # its traceback follows
+    assert "Traceback" not in found[0].partition("elastic")[0]  # torchrun adds one of its own
+    assert len(said(found[0])) == len(said(found[1])) == 1
+
+
+@pytest.mark.long
+@needs_namespaces
+def test_an_unreadable_image_of_one_rank_is_told_on_all(two, tmp_path):
+    found, statuses, _ = launch(two, script(tmp_path, fault="raise ValueError('no image')"), tmp_path)
+    assert 0 not in statuses
+    for text in found:
+        assert len(said(text)) == 1 and "rank 1 on n1 failed at step 4, waiting for data: An image" in said(text)[0]
 
 
 @pytest.mark.long
 @needs_namespaces
 def test_who_does_not_come_to_a_collective_is_named(two, tmp_path):
-    commands = script(tmp_path, "time.sleep(3600)", **{"engine.wait_minutes": 0.25})
+    commands = script(tmp_path, fault="time.sleep(3600)", **{"engine.wait_minutes": 0.25})
     found, statuses, _ = launch(two, commands, tmp_path)
     assert 0 not in statuses
     for text in found:
         assert "rank 1 on n1 did not come to collective" in said(text)[0]
-        assert "where rank 0 waits (at step 5, waiting for data)" in said(text)[0]
+        assert "where rank 0 waits (at step 4, waiting for data)" in said(text)[0]
 
 
 def alone(folder, rank, port, **settings):
