@@ -18,6 +18,8 @@ from .watch import Watch
 from .world import Signals, World
 
 _STOP, _SAVE, _FAILED = range(3)
+# Seconds: SLURM, launchers and a terminal may each send a process the same signal, SLURM even twice.
+_ECHO = 5.0
 
 
 class Upkeep:
@@ -43,6 +45,7 @@ class Upkeep:
         self.watch = Watch(config, world, engine, monitor)
         self.signals = Signals(world, 3)
         self.received: int | None = None
+        self._received_when = 0.0
         self._saved_at: int | None = None
         self._saved_when = time.monotonic()
         self._asked = False
@@ -61,11 +64,14 @@ class Upkeep:
             signal.signal(number, handler)
 
     def _note(self, number: int, _frame: object) -> None:
-        """Remember the signal; a second one acts at once."""
-        self.received = number
-        self.monitor.say("Stopping after this step, with a checkpoint; a second signal stops at once, without.")
-        self.signals.raise_flag(_STOP)
-        signal.signal(number, self._before[number])
+        """Remember the signal; a second one acts at once, unless it is the first's echo."""
+        if self.received is None:
+            self.received, self._received_when = number, time.monotonic()
+            self.monitor.say("Stopping after this step, with a checkpoint; a signal in 5 s or later stops without one.")
+            self.signals.raise_flag(_STOP)
+        elif time.monotonic() - self._received_when > _ECHO:
+            signal.signal(number, self._before[number])
+            signal.raise_signal(number)
 
     def __call__(self, step: int, batch: Batch, last: int) -> bool:
         epoch = int(step / self.steps_per_epoch + 1e-9)

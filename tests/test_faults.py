@@ -1,9 +1,13 @@
-"""Machines that are killed, cut off, frozen or full: the run comes back or says why not, and no sample is lost."""
+"""Machines that are killed, cut off, frozen or full: the run comes back or says why not, and no sample is lost.
+
+As a program, `python3 tests/test_faults.py KILLS`, it prints the log that docs/benchmarks/faults.md keeps.
+"""
 
 import json
 import os
 import random
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -229,3 +233,26 @@ def test_five_random_kills_change_nothing(two, uninterrupted, tmp_path):
     run = Run(two, tmp_path, "--supervise", "20")
     kill_at_random(run, two, 5, seed=6)
     assert run.ends() == [0, 0] and losses_of(run) == uninterrupted
+
+
+def main(kills: int) -> None:
+    """Compare a run of some minutes with one that is killed again and again."""
+    settings = {"optim.epochs": 4 * kills}
+    with tempfile.TemporaryDirectory() as folder, Cluster(2) as nodes:
+        whole, killed = Path(folder) / "whole", Path(folder) / "killed"
+        for path in (whole, killed):
+            path.mkdir()
+        undisturbed = Run(nodes, whole, "--supervise", "0", **settings)
+        assert undisturbed.ends(3600) == [0, 0]
+        expected = losses_of(undisturbed)
+        print(f"undisturbed: {len(expected)} steps on two machines, ddp", flush=True)
+        run = Run(nodes, killed, "--supervise", str(10 * kills), **settings)
+        kill_at_random(run, nodes, kills, seed=50, note=lambda text: print(text, flush=True))
+        assert run.ends(3600) == [0, 0]
+        found = losses_of(run)
+        print(f"{len(found)} steps, each once; losses bitwise the same: {found == expected}")
+        print(f"complete checkpoints at the end: {run.checkpoints()}")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

@@ -126,6 +126,14 @@ def test_told_to_stop_is_no_failure():
     assert (two.word()["order"], two.word()["status"]) == ("over", 143)
 
 
+def test_a_failure_of_a_run_that_was_told_to_stop_is_no_reason_to_start_again():
+    two = Two(restarts=9)
+    start = two.running()
+    two.put(0, state="running", start=start, told=15)
+    two.put(1, state="failed", start=start, cause="x", status=1, known=True)
+    assert (two.word()["order"], two.word()["status"]) == ("over", 143)
+
+
 def test_the_pause_grows_and_begins_anew_after_a_long_steady_time():
     two = Two(restarts=9)
     pauses = []

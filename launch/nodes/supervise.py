@@ -123,8 +123,9 @@ class Chief:
             if time.monotonic() - self._guessing_since < _SAYS:
                 return
         cause = next(iter(known + causes + guessed), None)
-        if final:
-            self._end(final, cause or "")
+        told = next((seen.facts["told"] for seen in members.values() if seen.facts.get("told")), None)
+        if final or (cause and told):  # a run that was told to stop does not start again
+            self._end(final or 128 + told, cause or "")
         elif cause:
             self._fail(cause)
         elif all(state == "finished" for state in states):
@@ -209,6 +210,8 @@ class Supervisor:
             # By own ticks, so that a machine that was frozen itself hears what has come before it acts.
             quiet = 0.0 if member.silence < 3 else quiet + min(now - ticked, 1.0)
             ticked = now
+            if self._signal and "told" not in member.facts:
+                member.tell(told=self._signal)
             if self._signal and not self._trainers and (ready or now - self._signalled > self.terms.silence):
                 return 128 + self._signal
             if quiet > self.terms.silence or (quiet > 5 and not member.connected):
