@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, NoReturn  # noqa: E402
 from .consolidate import add_consolidate_command, run_consolidate  # noqa: E402
 from .errors import UserError  # noqa: E402
 from .inspect_path import add_inspect_command, run_inspect  # noqa: E402
+from .nodes.submit import add_submit_command, run_submit  # noqa: E402
+from .planning.command import add_plan_command, run_plan  # noqa: E402
 from .shards import add_shards_command, run_shards  # noqa: E402
 
 if TYPE_CHECKING:
@@ -85,6 +87,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     recipe_command("show", "Print a recipe with its bases and overrides merged.")
     commands.add_parser("configs", help="List the packaged recipes.", description="List the packaged recipes.")
+    add_plan_command(commands)
+    add_submit_command(commands)
     add_shards_command(commands)
     add_inspect_command(commands)
     add_consolidate_command(commands)
@@ -129,6 +133,20 @@ def _parser() -> argparse.ArgumentParser:
     engines.add_argument("--batch", type=_positive, help="images per step and rank (as for step)")
     engines.add_argument("--steps", type=_positive, default=200, help="steps of each kind")
     engines.add_argument("--turn", type=_positive, default=10, help="steps of one turn of the loops")
+    text = "Steps at 1, 2, 4, … local ranks and the same batch on each, in turns: images per second and efficiency."
+    scaling = bench.add_parser("scaling", help=text, description=text)
+    scaling.add_argument("recipe", help="a packaged recipe or a YAML file")
+    scaling.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="settings, e.g. model.size=small"
+    )
+    scaling.add_argument(
+        "--ranks", type=_numbers, default=[1, 2, 4], metavar="A,B", help="numbers of ranks (default: 1,2,4)"
+    )
+    scaling.add_argument("--engine", default="ddp", help="ddp, fsdp, or a setting of DeepSpeed (default: ddp)")
+    scaling.add_argument("--batch", type=_positive, help="images per step and rank (as for step)")
+    scaling.add_argument("--steps", type=_positive, default=5, help="steps of one turn")
+    scaling.add_argument("--rounds", type=_positive, default=5, help="turns of each number of ranks")
+    scaling.add_argument("--network", action="store_true", help="also time collectives, against the planner's model")
     for command in bench.choices.values():
         command.add_argument("--json", type=Path, metavar="FILE", help="write the result there as well")
     return parser
@@ -147,6 +165,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _listed(text: str) -> list[str]:
     return [item for item in text.split(",") if item]
+
+
+def _numbers(text: str) -> list[int]:
+    return [_positive(item) for item in _listed(text)]
 
 
 def _count(text: str) -> int:
@@ -276,6 +298,14 @@ def _bench(arguments: argparse.Namespace) -> int:
         except DataError as error:
             raise UserError(str(error)) from error
         print_data_table(result)
+    elif arguments.part == "scaling":
+        from .bench_scaling import bench_scaling, print_scaling_table
+
+        result = bench_scaling(
+            arguments.recipe, arguments.overrides, arguments.ranks, arguments.engine, arguments.batch,
+            arguments.steps, arguments.rounds, arguments.network,
+        )  # fmt: skip
+        print_scaling_table(result)
     elif arguments.part == "engines":
         from .bench_engines import bench_engines, print_engines_tables
 
@@ -300,5 +330,7 @@ def _bench(arguments: argparse.Namespace) -> int:
     return 0
 
 
-_COMMANDS = {"pretrain": _pretrain, "show": _show, "configs": _configs, "bench": _bench, "shards": run_shards,
-             "inspect": run_inspect, "consolidate": run_consolidate}  # fmt: skip
+_COMMANDS = {
+    "pretrain": _pretrain, "show": _show, "configs": _configs, "plan": run_plan, "submit": run_submit,
+    "bench": _bench, "shards": run_shards, "inspect": run_inspect, "consolidate": run_consolidate,
+}  # fmt: skip

@@ -17,10 +17,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from .errors import UserError
+from .planning.hardware import peaks
 from .world import World
 
-# Dense half-precision peaks in TFLOP/s, from the makers' data sheets.
-PEAKS = {"B200": 2250.0, "H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "A10G": 125.0, "V100": 125.0}
+PEAKS = peaks()  # dense half-precision TFLOP/s, by a part of the name
 
 
 class NonFiniteLoss(Exception):

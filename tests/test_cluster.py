@@ -140,7 +140,7 @@ def test_a_limit_bounds_what_a_node_sends(rate):
         cluster.limit(1, rate)
         assert python(cluster, 0, SINK).stdout.readline() == "ready\n"
         seconds = float(python(cluster, 1, SEND, "n0", str(size)).communicate()[0])
-        assert 0.5 < seconds < 0.8
+        assert 0.5 < seconds < 1.0
 
 
 @pytest.mark.skipif(cannot_delay() is not None, reason=str(cannot_delay()))
@@ -157,7 +157,7 @@ print(statistics.median(times))
 """
     with Cluster(2, latency=0.02) as cluster:
         assert python(cluster, 0, ECHO).stdout.readline() == "ready\n"
-        assert 0.04 < float(python(cluster, 1, text, "n0").communicate()[0]) < 0.06
+        assert 0.04 < float(python(cluster, 1, text, "n0").communicate()[0]) < 0.08
 
 
 def test_a_full_memory_file_system_is_seen_by_every_node(tmp_path):

@@ -124,8 +124,10 @@ class Chief:
                 return
         cause = next(iter(known + causes + guessed), None)
         told = next((seen.facts["told"] for seen in members.values() if seen.facts.get("told")), None)
-        if final or (cause and told):  # a run that was told to stop does not start again
-            self._end(final or 128 + told, cause or "")
+        if final:
+            self._end(final, cause or "")
+        elif cause and told:  # a run that was told to stop does not start again
+            self._end(128 + told, cause)
         elif cause:
             self._fail(cause)
         elif all(state == "finished" for state in states):

@@ -1,0 +1,245 @@
+"""A recipe on so many GPUs, in numbers: memory by part, batches that fit, exchanges, step time, days."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...data.images import DataError
+from ...data.order import check_batch_sizes, epoch_length
+from ...models.mae import Mae
+from ..build import build_masks
+from ..config import Config
+from ..engine.precision import DTYPES
+from ..errors import UserError
+from ..parts import _flops, _sources
+from . import pace
+from .activations import Activations, activations, on_meta
+from .hardware import Gpu, gpu, link
+from .memory import ALWAYS, FLOAT, ROUNDING, Division, Weight, buffers, divide, numel, states, weights_of
+
+IMAGENET, CIFAR10 = 1_281_167, 50_000  # training images
+SCALES = tuple(2**k for k in range(3, 13))
+POLICIES = ("none", "selective", 2, "full")
+
+
+@dataclass(frozen=True)
+class Place:
+    """What is rented: GPUs, how many share a node, and the names of the links."""
+
+    gpus: int
+    gpu: str
+    per_node: int = 8
+    interconnect: str = "ib-400g"
+    nvlink: str | None = None  # None: what the GPU has
+
+
+@dataclass(frozen=True)
+class Case:
+    """A recipe, and what planning asks of its method, once for all numbers of GPUs."""
+
+    config: Config
+    gpu: Gpu
+    dtype: torch.dtype
+    weights: list[Weight]
+    adversary: int
+    batch_bytes: float  # of an image on its way to the GPU, with its masks
+    flops: float
+    images: int
+    again: float
+
+    def activations(self, policy: str | int) -> Activations:
+        return activations(self.config, policy, self.dtype)
+
+
+def open_case(config: Config, gpu_name: str, images: int | None, recipe: str) -> Case:
+    """What is the same at every number of GPUs; UserError for a GPU that cannot, and for what `build` refuses."""
+    found, precision = gpu(gpu_name), config.engine.precision
+    if precision == "bfloat16" and not found.bfloat16:
+        raise UserError(f"{gpu_name} does not compute bfloat16: set engine.precision=float16, or float32.")
+    dtype = (torch.bfloat16 if found.bfloat16 else torch.float32) if precision == "auto" else DTYPES[precision]
+    method = on_meta(config)
+    masks = build_masks(config, method.encoder.grid)(config.seed, 0, 0, np.arange(64))
+    if images is None and config.data.path:
+        try:
+            images = len(_sources(config, None, None)[0])
+        except DataError as error:
+            raise UserError(str(error)) from error
+    attack = method.attack_tensors() if isinstance(method, Mae) else {}
+    drawn = [part for part in (masks.context, masks.targets, masks.visible) if part is not None]
+    pixels = config.data.views * config.model.channels * config.model.image_size[0] * config.model.image_size[1]
+    flops = _flops(method, masks)
+    return Case(
+        config=config, gpu=found, dtype=dtype, weights=weights_of(method),
+        adversary=sum(tensor.numel() for tensor in attack.values()),
+        batch_bytes=pixels + sum(part.nbytes for part in drawn) / 64, flops=flops,
+        images=images or (CIFAR10 if recipe.startswith("cifar10") else IMAGENET),
+        again=pace.computed_again(method, flops, config.engine.activation_checkpointing),
+    )  # fmt: skip
+
+
+def memory(case: Case, by: Division, micro: int, policy: str | int) -> dict[str, float]:
+    """Bytes of a rank by part, `total` the last; `host` in host memory beside it."""
+    held, acts, more = states(case.weights, by), case.activations(policy), buffers(case.weights, by)
+    peak, fixed = acts.peak(micro), acts.fixed(micro)
+    kept = max(0.0, min(acts.kept.per_image * micro, peak - fixed))
+    out = {
+        **held.gpu,
+        "half-precision copies of weights": fixed,
+        "activations kept for the backward": kept,
+        "activations at the fullest moment": peak - fixed - kept,
+        "batches on the device": 2 * case.batch_bytes * micro,
+        "adversary": 4.0 * FLOAT * case.adversary,
+        **more,
+    }
+    out["allocator's gaps (5 %)"] = ROUNDING * (peak + sum(more.values()))
+    out["CUDA, NCCL, workspaces"] = ALWAYS
+    out = {name: size for name, size in out.items() if size}
+    return {**out, "total": sum(out.values())}
+
+
+def most_images(case: Case, by: Division, policy: str | int) -> int:
+    """The largest micro-batch whose memory fits the GPU; 0 if none does."""
+    without = sum(states(case.weights, by).gpu.values()) + (1 + ROUNDING) * sum(buffers(case.weights, by).values())
+    free = case.gpu.memory - without - ALWAYS - 4 * FLOAT * case.adversary
+    return max(0, case.activations(policy).most_images(free, 1 + ROUNDING, 2 * case.batch_bytes))
+
+
+def _largest_divisor(share: int, most: int) -> int:
+    return max((d for d in range(1, min(share, most) + 1) if share % d == 0), default=0)
+
+
+def check_place(config: Config, place: Place) -> None:
+    """Raise UserError for a number of GPUs that cannot be, or that does not divide the batch."""
+    if place.gpus < 1:
+        raise UserError(f"--gpus {place.gpus} is no number of GPUs; choose 1 or more.")
+    if place.per_node < 1:
+        raise UserError(f"--gpus-per-node {place.per_node} is no number of GPUs; choose 1 or more.")
+    batch = config.optim.batch_size
+    micro = config.loader.micro_batch or max(1, batch // place.gpus)
+    try:
+        check_batch_sizes(batch, batch, micro, place.gpus)
+    except DataError as error:
+        near = min((n for n in range(1, batch + 1) if batch % n == 0), key=lambda n: abs(n - place.gpus))
+        more = f" Or take --gpus {near}." if batch % place.gpus else ""
+        raise UserError(f"{error}{more}") from error
+
+
+def plan(
+    recipe: str,
+    config: Config,
+    place: Place,
+    *,
+    mfu: float | None = None,
+    images: int | None = None,
+    images_per_core: float | None = None,
+    scales: Sequence[int] = SCALES,
+    policies: Sequence[str | int] = POLICIES,
+) -> dict[str, Any]:
+    """All that `elsewhere plan` prints, as plain numbers: bytes, seconds, images.
+
+    Needs no GPU and no data. Raises UserError for what cannot be rented, divided or trained.
+    """
+    if mfu is not None and not 0 < mfu <= 1:
+        raise UserError(f"--mfu {mfu:g} is a share of the GPU's peak: choose more than 0 and at most 1, e.g. 0.4.")
+    found = gpu(place.gpu)
+    within, between = link(place.nvlink or found.link, True), link(place.interconnect, False)
+    check_place(config, place)
+    case = open_case(config, place.gpu, images, recipe)
+    if case.images < config.optim.batch_size:
+        raise UserError(
+            f"{case.images} images are less than one optim.batch_size={config.optim.batch_size}: set --images, or a "
+            "smaller batch."
+        )
+    assumed = mfu is None
+    mfu = pace.assumed_mfu(config.model.size) if mfu is None else mfu
+    network = pace.make_network(place.per_node, within, between)
+    share = config.optim.batch_size // place.gpus
+    micro = config.loader.micro_batch or share
+    by = divide(config, place.gpus, micro, share // micro)
+    policy = config.engine.activation_checkpointing
+    rows = [_policy_row(case, by, micro, share, one) for one in dict.fromkeys([*policies, policy])]
+    scaled = [_scale(case, n, network, mfu) for n in sorted({*scales, place.gpus})] if scales else []
+    step = _step(case, by, micro, network, mfu)
+    per_core = images_per_core or pace.images_per_core(config.data.views)
+    trained, frozen = numel(case.weights, True), numel(case.weights, False)
+    return {
+        "recipe": recipe, "gpus": place.gpus, "gpu": place.gpu, "nodes": -(-place.gpus // place.per_node),
+        "gpus_per_node": place.per_node, "links": [place.nvlink or found.link, place.interconnect],
+        "gpu_memory": found.memory, "engine": _engine_name(config), "precision": str(case.dtype).partition(".")[2],
+        "activation_checkpointing": policy, "compile": config.engine.compile, "trained": trained, "frozen": frozen,
+        "adversary": case.adversary, "gflop_per_image": case.flops / 1e9, "views": config.data.views,
+        "batch": config.optim.batch_size, "micro_batch": micro, "accumulation": share // micro,
+        "memory": memory(case, by, micro, policy), "host": states(case.weights, by).host, "policies": rows,
+        "exchanges": [
+            {
+                "what": one.what, "kind": one.kind, "ranks": pace.members(one, by), "times": one.times,
+                "sent": pace.sent(one, by), "seconds": pace.exchange_seconds(one, by, network),
+            }
+            for one in pace.exchanges(case.weights, by, case.adversary)
+        ],
+        "mfu": mfu, "mfu_assumed": assumed, "images": case.images, "epochs": config.optim.epochs, **step,
+        "images_per_core": per_core, "loader_cores": config.optim.batch_size / step["seconds"] / place.gpus / per_core,
+        "scales": scaled, "apex": config.model.norm == "apex" or config.optim.kind == "apex_adamw",
+    }  # fmt: skip
+
+
+def _engine_name(config: Config) -> str:
+    section = config.engine
+    if section.kind == "deepspeed":
+        return f"deepspeed {section.deepspeed}"
+    more = f", {section.replicas} replicas" * (section.replicas > 1) + ", offloaded" * section.offload
+    return section.kind + more
+
+
+def _policy_row(case: Case, by: Division, micro: int, share: int, policy: str | int) -> dict[str, Any]:
+    """A checkpointing policy: what the micro-batch takes, and the largest ones that fit and that divide the share."""
+    acts, most = case.activations(policy), most_images(case, by, policy)
+    total = memory(case, by, micro, policy)["total"]
+    return {
+        "policy": policy, "kept": acts.kept(micro), "kept_per_image": acts.kept.per_image, "peak": acts.peak(micro),
+        "total": total, "fits": total <= case.gpu.memory, "most": most, "usable": _largest_divisor(share, most),
+    }  # fmt: skip
+
+
+def _step(case: Case, by: Division, micro: int, network: pace.Network, mfu: float) -> dict[str, float]:
+    """Seconds of a step: computing, sending, and the larger of the two; and of all steps."""
+    optim = case.config.optim
+    images = micro * by.accumulation
+    computing = pace.compute_seconds(images * case.flops * (1 + case.again), case.gpu, case.dtype != torch.float32, mfu)
+    sending = sum(pace.exchange_seconds(one, by, network) for one in pace.exchanges(case.weights, by, case.adversary))
+    seconds = max(computing, sending)
+    steps = epoch_length(case.images, optim.batch_size, case.config.data.remainder) * optim.epochs // optim.batch_size
+    return {
+        "computing": computing, "sending": sending, "seconds": seconds, "unhidden": computing + sending,
+        "images_per_s": optim.batch_size / seconds, "steps": steps, "days": steps * seconds / 86400,
+        "gpu_hours": steps * seconds / 3600 * by.ranks,
+    }  # fmt: skip
+
+
+def _scale(case: Case, gpus: int, network: pace.Network, mfu: float) -> dict[str, Any]:
+    """The same recipe on another number of GPUs, with the largest micro-batch that fits where the share does not."""
+    config, policy = case.config, case.config.engine.activation_checkpointing
+    share, rest = divmod(config.optim.batch_size, gpus)
+    row: dict[str, Any] = {"gpus": gpus, "divides": not rest and share > 0}
+    if not row["divides"]:
+        return row
+    wanted = config.loader.micro_batch or share
+    if share % wanted:
+        return {**row, "divides": False}
+    try:
+        by = divide(config, gpus, wanted, share // wanted)
+        most = most_images(case, by, policy)
+        if wanted > most:
+            wanted = _largest_divisor(share, most) or wanted
+            by = divide(config, gpus, wanted, share // wanted)
+    except UserError as error:
+        return {**row, "refused": str(error)}
+    return {
+        **row, "share": share, "micro_batch": wanted, "most": most, "memory": memory(case, by, wanted, policy)["total"],
+        "states": sum(states(case.weights, by).gpu.values()), **_step(case, by, wanted, network, mfu),
+    }  # fmt: skip
