@@ -93,16 +93,19 @@ def _attempt(build: Callable[[], T]) -> tuple[T | None, str | None]:
         return None, str(error)
 
 
-def pick_device(wanted: str, local_rank: int) -> torch.device:
-    """The device of this process; raises UserError where CUDA is asked for and there is none."""
+def pick_device(wanted: str, local_rank: int, local_size: int = 1) -> torch.device:
+    """The device of this process; raises UserError where CUDA is asked for and there is none, or too little of it."""
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UserError("engine.device=cuda, but no NVIDIA GPU is visible; use engine.device=cpu or auto.")
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    if local_rank >= torch.cuda.device_count():
+    visible = torch.cuda.device_count()
+    if visible == 1 and "SLURM_STEP_NUM_TASKS" in os.environ:  # srun may show each task its own alone
+        return torch.device("cuda", 0)
+    if max(local_rank + 1, local_size) > visible:
         raise UserError(
-            f"Process {local_rank} of this machine has no GPU of its own ({torch.cuda.device_count()} visible); "
-            "start fewer processes per node, or use engine.device=cpu."
+            f"{max(local_rank + 1, local_size)} processes are started on a machine that shows {visible} "
+            f"GPU{'s' * (visible != 1)}; start one per GPU, or use engine.device=cpu."
         )
     return torch.device("cuda", local_rank)
 
@@ -123,9 +126,9 @@ def join(device: str = "auto", group: bool = False, wait: float = 1800.0, silenc
         store, hub, member = meet(place, judge, wait, guard.facts())
         guard = Guard(place, silence, member, hub)
     try:
-        where = pick_device(device, place.local_rank)
+        where = pick_device(device, place.local_rank, place.local_size)
     except UserError as error:
-        guard.failed(error)
+        guard.failed(error, of_machine=True)
         guard.close()
         raise
     world = World(place.rank, place.size, place.local_rank, place.local_size, where, guard)

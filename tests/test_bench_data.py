@@ -41,7 +41,7 @@ def test_a_table_of_readers_and_crops(images, tmp_path, capsys, monkeypatch):
     assert "webdataset" in capsys.readouterr().out
 
 
-@pytest.mark.slow  # FFCV compiles for a minute
+@pytest.mark.long  # FFCV compiles for a minute
 @pytest.mark.skipif(find_spec("ffcv") is None, reason="FFCV is not installed")
 def test_ffcv_is_measured_where_it_is_installed(images):
     check(bench_data.bench_data(images, rounds=1)["rows"], READERS + FFCV)

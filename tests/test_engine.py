@@ -38,7 +38,7 @@ def test_micro_batches_give_the_losses_of_the_whole_batch(tiny, losses, tmp_path
     assert furthest(losses(tmp_path / "whole"), losses(tmp_path / "parts")) <= 1e-5
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_ranks_give_the_losses_of_one(tiny, losses, start, tmp_path):
     """The first 50 steps at the same global batch, in float32."""
     settings = {**tiny, "optim.epochs": 2}
@@ -116,6 +116,7 @@ def test_a_scaler_is_taken_up_from_a_checkpoint():
     assert (taken.value, taken.skipped) == (32.0, 1)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("precision", "bound"), [("bfloat16", 5e-3), ("float16", 1e-3)])
 def test_half_precision_trains_near_float32(precision, bound, tiny, losses, tmp_path):
     """The bounds are about three times what was seen over the first 20 steps: 1.4e-3 and 2.5e-4."""
@@ -259,7 +260,7 @@ def two_ranks(tmp_path_factory):
     return torch.load(path, weights_only=True)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_ranks_average_the_adversarys_gradients_to_those_of_one(accumulation, two_ranks):
     whole = toy_engine()

@@ -35,6 +35,7 @@ def test_measuring_an_adversary_changes_nothing(train, tiny_mae):
     assert max(abs(a - b) for a, b in zip(plain, looked, strict=True)) <= 1e-6
 
 
+@pytest.mark.long
 def test_the_probe_is_that_of_ddp(tiny, tmp_path):
     """Before training, where the weights are the same bit by bit."""
     probes = []

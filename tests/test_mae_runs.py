@@ -101,7 +101,7 @@ def test_the_attack_as_released_trains_although_it_does_nothing(train, losses, t
     assert losses(attacked.run) == pytest.approx(losses(alone.run), abs=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_killed_in_the_middle_of_an_epoch_goes_on_bitwise(tiny_mae, losses, start, wait_for_step, tmp_path):
     """Losses, weights, both optimisers, and the adversary with its moments; two views, two micro-batches."""
     settings = {**tiny_mae, "optim.batch_size": 32, "loader.micro_batch": 16, "checkpoint.every_steps": 5}
@@ -180,7 +180,7 @@ def ranks(tiny_mae_anywhere, tmp_path_factory):
     return runs
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("mode", AGREEING)
 def test_two_ranks_agree_with_one_over_50_steps(mode, ranks, losses, tmp_path):
     """Losses and the adversary, at the same global batch, in float32."""

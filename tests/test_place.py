@@ -1,9 +1,11 @@
 """Which process this is, by each launcher's environment."""
 
 import pytest
+import torch
 
 from elsewhere.launch.errors import UserError
 from elsewhere.launch.nodes.place import find_place
+from elsewhere.launch.world import pick_device
 
 # As the launchers were seen to set them: process 3 of 2 machines with 2 processes each.
 TORCHRUN = {
@@ -46,3 +48,28 @@ def test_an_environment_that_cannot_be_is_refused(change, expected):
     with pytest.raises(UserError) as refused:
         find_place({**TORCHRUN, **change})
     assert expected in str(refused.value)
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """A machine that says it has so many; none of them is used."""
+
+    def show(count):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+
+    return show
+
+
+def test_more_processes_than_gpus_are_refused_on_all_of_the_machine(gpus):
+    gpus(4)
+    assert pick_device("auto", 3, 4) == torch.device("cuda", 3)
+    for local_rank in range(8):
+        with pytest.raises(UserError, match="8 processes are started on a machine that shows 4 GPUs"):
+            pick_device("auto", local_rank, 8)
+
+
+def test_a_task_of_srun_may_see_its_own_gpu_alone(gpus, monkeypatch):
+    gpus(1)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
+    assert pick_device("auto", 5, 8) == torch.device("cuda", 0)

@@ -52,7 +52,7 @@ def test_a_run_goes_on_with_other_workers(kind, written, tiny, losses, tmp_path)
     assert losses(tmp_path / "run") == straight, "bitwise: the same samples, crops, masks and noise"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["webdataset", "ffcv"])
 def test_two_ranks_go_on_where_one_stopped(kind, written, tiny, losses, start, tmp_path):
     settings = {**tiny, **settings_of(kind, written), "checkpoint.every_steps": 10, "checkpoint.keep": 9}

@@ -22,7 +22,7 @@ def uninterrupted(tiny, losses, tmp_path):
     return losses(settings["run.dir"])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_mid_epoch_twice_with_other_workers(tiny, uninterrupted, losses, start, wait_for_step):
     settings = {**tiny, "optim.epochs": 2, "checkpoint.every_steps": 5}
     for workers, step in ((0, 18), (1, 60)):

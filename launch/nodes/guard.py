@@ -214,8 +214,8 @@ class Guard:
             print(f"elsewhere: {cause}.", file=sys.stderr, flush=True)
         self._said = True
 
-    def failed(self, error: BaseException) -> None:
-        """Tell all ranks of this one's failure, after saying it here.
+    def failed(self, error: BaseException, of_machine: bool = False) -> None:
+        """Tell all ranks of this one's failure, after saying it here; `of_machine`, the first of a machine does.
 
         Raises RankFailed where the failure is a collective's and comes from another rank's.
         """
@@ -224,7 +224,7 @@ class Guard:
             note_cause(str(error).rstrip("."), status)
         if self.member is None or isinstance(error, RankFailed) or getattr(error, "shared", False):
             return
-        second_hand = _of_a_collective(error)
+        second_hand = _of_a_collective(error) or (of_machine and self.place.local_rank > 0)
         name = "" if status != 1 else f"{type(error).__name__}: "
         text = (str(error).strip() or type(error).__name__).rstrip(".")
         place = f"rank {self.place.rank} on {self.place.host} failed {_doing(self.facts())}"
