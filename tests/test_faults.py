@@ -213,7 +213,7 @@ def kill_at_random(run: Run, nodes: Cluster, kills: int, seed: int, note=print) 
             note(f"{number}: the run was over")
             return
         node, whole = draw.randrange(nodes.nodes), draw.random() < 0.5
-        before = run.steps
+        begun = time.monotonic()
         if whole:
             nodes.kill(node)
             run.again(node)
@@ -222,10 +222,12 @@ def kill_at_random(run: Run, nodes: Cluster, kills: int, seed: int, note=print) 
             trainers = [pid for pid in others if b"pretrain" in Path(f"/proc/{pid}/cmdline").read_bytes()]
             if trainers:
                 os.kill(trainers[-1], 9)
-        seconds = run.reaches(before)
+        time.sleep(1)  # a step may have been under way
+        before = run.steps
+        run.reaches(before)
         note(
             f"kill {number + 1}: {'all of' if whole else 'the trainer of'} n{node} at step {before}, "
-            f"on again after {seconds:.1f} s"
+            f"further after {time.monotonic() - begun:.1f} s"
         )
 
 

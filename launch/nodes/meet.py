@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import secrets
 import socket
 from collections.abc import Callable, Mapping
@@ -29,6 +30,7 @@ def meet(
     store = _open_store(place, patience)
     hub = None
     if place.rank == 0:
+        _allow_connections(place.size)
         token = secrets.token_hex(8)
         hub = Hub(judge, token)
         store.set(_KEY, f"{hub.port} {token}")
@@ -75,3 +77,13 @@ def _check_name(master: str) -> None:
             f"The first machine's name {master} is not known on {socket.gethostname()}: check MASTER_ADDR or the "
             "hostfile, or give its address."
         ) from error
+
+
+def _allow_connections(count: int) -> None:
+    """Let this process hold a connection to each of `count` others, where the usual limit of 1024 files forbids it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + 4096
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(
+            resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard)
+        )
