@@ -149,6 +149,17 @@ def test_a_machine_that_is_cut_off_comes_back(two, uninterrupted, tmp_path):
     assert "n1 was not heard of for 25 s" in run.said(0)[0]
 
 
+@pytest.mark.parametrize("node", [0, 1])
+def test_a_machine_cut_off_for_15_seconds_goes_on(node, two, uninterrupted, tmp_path):
+    run = Run(two, tmp_path, "--supervise", "0")
+    run.reaches(30)
+    two.cut(node)
+    time.sleep(15)
+    two.join(node)
+    assert run.ends() == [0, 0] and losses_of(run) == uninterrupted
+    assert run.said(0) == run.said(1) == []
+
+
 def test_a_machine_that_stays_cut_off_ends_the_run_on_both_sides(two, tmp_path):
     run = Run(two, tmp_path, "--supervise", "3", "--wait", "10")
     run.reaches(30)

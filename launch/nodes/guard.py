@@ -185,7 +185,7 @@ class Guard:
             ticked = now
             if member.word.get("cause"):
                 self._leave(member.word["cause"], member.word["status"])
-            elif quiet > self.silence + _GRACE or (not member.connected and quiet > 2 * _GRACE):
+            elif quiet > self.silence + _GRACE or (member.refused and quiet > 2 * _GRACE):
                 self._leave(
                     f"the first machine, {self.place.master}, was not heard of for {quiet:.0f} s "
                     f"({_doing(self.facts())} on {self.place.host}): its process ended, or the network is cut",

@@ -173,6 +173,11 @@ class Member:
     def connected(self) -> bool:
         return self._connected
 
+    @property
+    def refused(self) -> bool:
+        """Whether the hub's machine answers, and no hub is there: sooner known than its silence."""
+        return not self._connected and isinstance(self.failure, ConnectionRefusedError)
+
     def tell(self, **facts: Any) -> None:
         """Say something new, soon."""
         with self._changed:

@@ -216,7 +216,7 @@ class Supervisor:
                 member.tell(told=self._signal)
             if self._signal and not self._trainers and (ready or now - self._signalled > self.terms.silence):
                 return 128 + self._signal
-            if quiet > self.terms.silence or (quiet > 5 and not member.connected):
+            if quiet > self.terms.silence or (quiet > 5 and member.refused):
                 if not ready:
                     self._say(f"The first machine, {self.machines.master}, was not heard of; the trainers here stop")
                     self._stop()
