@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, NoReturn  # noqa: E402
 from .consolidate import add_consolidate_command, run_consolidate  # noqa: E402
 from .errors import UserError  # noqa: E402
 from .inspect_path import add_inspect_command, run_inspect  # noqa: E402
+from .nodes.check_hosts import add_hosts_command, run_hosts  # noqa: E402
 from .nodes.submit import add_submit_command, run_submit  # noqa: E402
 from .planning.command import add_plan_command, run_plan  # noqa: E402
 from .shards import add_shards_command, run_shards  # noqa: E402
@@ -89,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("configs", help="List the packaged recipes.", description="List the packaged recipes.")
     add_plan_command(commands)
     add_submit_command(commands)
+    add_hosts_command(commands)
     add_shards_command(commands)
     add_inspect_command(commands)
     add_consolidate_command(commands)
@@ -332,5 +334,6 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 _COMMANDS = {
     "pretrain": _pretrain, "show": _show, "configs": _configs, "plan": run_plan, "submit": run_submit,
-    "bench": _bench, "shards": run_shards, "inspect": run_inspect, "consolidate": run_consolidate,
+    "hosts": run_hosts, "bench": _bench, "shards": run_shards, "inspect": run_inspect,
+    "consolidate": run_consolidate,
 }  # fmt: skip

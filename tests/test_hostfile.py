@@ -4,6 +4,7 @@ import socket
 
 import pytest
 
+from elsewhere.launch.cli import main
 from elsewhere.launch.errors import UserError
 from elsewhere.launch.nodes.hostfile import find_machines, read_hostfile
 
@@ -81,3 +82,27 @@ def test_alone_it_is_one_process_per_gpu():
 def test_under_a_launcher_it_is_refused():
     with pytest.raises(UserError, match="without torchrun or deepspeed"):
         find_machines(environ={"RANK": "0"})
+
+
+@pytest.fixture
+def answering():
+    """A port on which 127.0.0.2 answers and 127.0.0.3 does not."""
+    with socket.create_server(("127.0.0.2", 0)) as server:
+        yield server.getsockname()[1]
+
+
+def test_machines_that_answer_are_listed(hostfile, answering, capsys):
+    assert main(["hosts", str(hostfile("127.0.0.2 slots=8\n")), "--port", str(answering)]) == 0
+    words = " ".join(capsys.readouterr().out.split())
+    assert words == f"127.0.0.2 127.0.0.2 8 slots answers on port {answering}"
+
+
+def test_a_machine_that_does_not_answer_is_named(hostfile, answering, capsys):
+    path = hostfile("127.0.0.2 slots=8\n127.0.0.3 slots=8\n")
+    assert main(["hosts", str(path), "--port", str(answering)]) == 2
+    assert f"127.0.0.3 of {path} does not answer on port {answering} (connection refused)" in capsys.readouterr().err
+
+
+def test_two_names_of_one_machine_are_refused(hostfile, capsys):
+    assert main(["hosts", str(hostfile("127.0.0.1 slots=8\nlocalhost slots=8\n"))]) == 2
+    assert "are one machine" in capsys.readouterr().err

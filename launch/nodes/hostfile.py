@@ -54,7 +54,8 @@ def read_hostfile(path: Path) -> dict[str, int | None]:
     return hosts
 
 
-def _address(host: str, where: str) -> str:
+def address(host: str, where: str) -> str:
+    """The address of a host; raises UserError that says `where` it was named if it has none."""
     try:
         return str(socket.getaddrinfo(host, None, type=socket.SOCK_DGRAM)[0][4][0])
     except OSError as error:
@@ -76,7 +77,7 @@ def _own_line(hosts: list[str], path: Path) -> int:
     own = socket.gethostname()
     if own in hosts:
         return hosts.index(own)
-    here = [number for number, host in enumerate(hosts) if _is_here(_address(host, str(path)))]
+    here = [number for number, host in enumerate(hosts) if _is_here(address(host, str(path)))]
     if len(here) == 1:
         return here[0]
     many = f"is {' and '.join(hosts[number] for number in here)}" if here else "is not among the hosts"
@@ -111,7 +112,7 @@ def find_machines(
         if nodes not in (None, len(names)):
             raise UserError(f"--nodes {nodes} and the {len(names)} hosts of {hostfile} contradict; leave --nodes out.")
         for name in names:
-            _address(name, str(hostfile))
+            address(name, str(hostfile))
         node = _own_line(names, hostfile) if node_rank is None else node_rank
         slots, first, port = hosts[names[min(node, len(names) - 1)]], names[0], PORT
     elif step is not None and nodes is None:
