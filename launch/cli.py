@@ -42,10 +42,9 @@ class _Parser(argparse.ArgumentParser):
         super().error(message)
 
 
-def _speaks(shared: bool = False) -> bool:
-    """Whether this process says what is wrong: the first of all, or where others may not know it, of its machine."""
-    name = "RANK" if shared else "LOCAL_RANK"
-    return os.environ.get(name, os.environ.get({"RANK": "SLURM_PROCID"}.get(name, "SLURM_LOCALID"), "0")) == "0"
+def _speaks() -> bool:
+    """Whether this process says what is wrong: the first of its machine, whose log may be the only one at hand."""
+    return os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -83,9 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     many.add_argument(
         "--hostfile", type=Path, help="in their place: a file with a line `HOST slots=P` for each machine"
     )
-    many.add_argument(
-        "--wait", type=_positive, default=300, metavar="SECONDS", help="for a machine to come, or come back (300)"
-    )
+    many.add_argument("--wait", type=_positive, metavar="SECONDS", help="for a machine to come, or come back (300)")
     recipe_command("show", "Print a recipe with its bases and overrides merged.")
     commands.add_parser("configs", help="List the packaged recipes.", description="List the packaged recipes.")
     add_plan_command(commands)
@@ -193,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parsed = _parse(arguments)
         return _COMMANDS[parsed.command](parsed)
     except UserError as error:
-        if not error.said and _speaks(error.shared):
+        if not error.said and _speaks():
             print(f"elsewhere: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # `elsewhere configs | head`
@@ -218,6 +215,7 @@ def _pretrain(arguments: argparse.Namespace) -> int:
     given = [
         name for name in ("nodes", "node_rank", "master", "processes", "hostfile") if vars(arguments)[name] is not None
     ]
+    given += ["wait"] if arguments.wait is not None else []
     if given:
         raise UserError(f"--{given[0].replace('_', '-')} belongs to --supervise N: add that, or use a launcher's own.")
     # Only now: torch takes seconds to import, and a misspelt setting should not wait for it.
@@ -232,7 +230,7 @@ def _pretrain(arguments: argparse.Namespace) -> int:
     except DataError as error:
         raise UserError(str(error), said=getattr(error, "said", False)) from error
     except (NonFiniteLoss, LossScaleTooSmall) as error:
-        if _speaks(shared=True):
+        if _speaks():
             print(f"elsewhere: {error}", file=sys.stderr)
         return error.status
     except RankFailed as error:
@@ -259,7 +257,9 @@ def _supervise(arguments: argparse.Namespace, config: Config) -> int:
     )  # fmt: skip
     flags = ["--fresh"] * arguments.fresh + ["--allow-config-change"] * arguments.allow_config_change
     command = ["pretrain", arguments.recipe, *arguments.overrides, *flags]
-    return supervise(machines, Terms(arguments.supervise, arguments.wait, config.engine.silence_seconds), command)
+    return supervise(
+        machines, Terms(arguments.supervise, arguments.wait or 300, config.engine.silence_seconds), command
+    )
 
 
 def _show(arguments: argparse.Namespace) -> int:

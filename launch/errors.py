@@ -9,7 +9,7 @@ from contextlib import contextmanager
 class UserError(Exception):
     """Shown without a traceback; the command exits with status 2.
 
-    `shared` says that every rank raises the same error, so that the first alone prints it; `said`, that it was printed.
+    `shared` says that every rank raises the same error, `said` that it was printed already.
     """
 
     def __init__(self, message: str, shared: bool = False, said: bool = False):

@@ -53,9 +53,10 @@ class Run:
         return self.folder / f"n{node}.log"
 
     def said(self, node: int) -> list[str]:
-        """What the command itself said on a machine."""
+        """What the command itself said on a machine, but for whom it waited, which depends on the load."""
         lines = self.log(node).read_text().splitlines() if self.log(node).exists() else []
-        return [line.removeprefix("elsewhere: ") for line in lines if line.startswith("elsewhere: ")]
+        lines = [line.removeprefix("elsewhere: ") for line in lines if line.startswith("elsewhere: ")]
+        return [line for line in lines if not line.startswith(("Waiting for", "No answer yet"))]
 
     @property
     def steps(self) -> int:
@@ -174,6 +175,14 @@ def test_a_machine_that_stays_cut_off_ends_the_run_on_both_sides(two, tmp_path):
     assert "n1 did not come back within 10 s" in run.said(0)[-1]
     assert "no answer from n0" in run.said(1)[-1]
     assert run.checkpoints()
+
+
+def test_a_machine_that_waits_says_for_whom(two, tmp_path):
+    run = Run(two, tmp_path, "--supervise", "0", "--wait", "20")
+    run.processes[1].kill()
+    assert run.ends(60)[0] == 1
+    assert "elsewhere: Waiting for machine 1, 20 s at most.\n" in run.log(0).read_text()
+    assert "machine 1 did not come within 20 s" in run.said(0)[-1]
 
 
 def test_a_machine_frozen_for_20_seconds_goes_on(two, uninterrupted, tmp_path):

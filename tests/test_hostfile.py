@@ -55,6 +55,7 @@ REFUSED = {
     "no address": ("localhost\nno-such-host.invalid\n", {}, "no-such-host.invalid has no address here"),
     "contradiction": ("198.51.100.1\n127.0.0.1\n", {"nodes": 3}, "contradict"),
     "beyond": ("198.51.100.1\n127.0.0.1\n", {"node_rank": 2}, "--node-rank 2 is not one of 2"),
+    "two numbers": ("198.51.100.1\n127.0.0.1 slots=2\n", {"processes": 3}, "contradict"),
     "more than GPUs": ("198.51.100.1\n127.0.0.1 slots=8\n", {"devices": 4}, "8 processes are asked for"),
 }
 
@@ -72,6 +73,17 @@ def test_flags_say_it_without_a_hostfile():
     assert (found.node, len(found.names), found.processes, found.master, found.port) == (2, 4, 8, "gpu0", 4000)
     with pytest.raises(UserError, match="--node-rank"):
         find_machines(nodes=4, environ={})
+
+
+def test_the_first_machine_is_the_one_that_is_named():
+    assert find_machines(nodes=2, node_rank=0, master="localhost", environ={}).node == 0
+    with pytest.raises(UserError, match=r"--master 198\.51\.100\.1 is another"):
+        find_machines(nodes=2, node_rank=0, master="198.51.100.1", environ={})
+
+
+def test_a_number_that_is_no_port_is_refused():
+    with pytest.raises(UserError, match="99999 is no port"):
+        find_machines(nodes=2, node_rank=1, master="gpu0:99999", environ={})
 
 
 def test_alone_it_is_one_process_per_gpu():

@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import dataclasses
 import json
 
 import numpy as np
@@ -23,7 +24,7 @@ from elsewhere.launch.planning.activations import activations, fake_batch, make_
 from elsewhere.launch.planning.hardware import GPUS
 from elsewhere.launch.planning.memory import Division, Weight, divide, states, weights_of
 from elsewhere.launch.planning.pace import exchanges, sent
-from elsewhere.launch.planning.plan import Place, plan
+from elsewhere.launch.planning.plan import Place, memory, most_dividing, most_images, open_case, plan
 from elsewhere.models.vit import SIZES
 
 MAE = {"model.size": "nano", "model.depth": 3, "method.decoder": {"width": 48, "depth": 2, "heads": 2}}
@@ -327,6 +328,17 @@ def test_advice_for_a_batch_that_does_not_fit_makes_it_fit():
     assert after["memory"]["total"] <= 24e9
 
 
+def test_what_divides_the_share_fits_with_the_gradients_that_add_up_beside_it():
+    """FSDP2 keeps gradients of earlier micro-batches whole, which a step of one micro-batch has not."""
+    settings = {"optim.batch_size": 4096, "engine.kind": "fsdp"}
+    # A GPU on which the largest divisor fits by itself and not beside the gradients.
+    case = open_case(load_config("cifar10_stop", settings), "a10g-24g", 50_000, "cifar10_stop")
+    alone = memory(case, divide(case.config, 2, 1024, 1), 1024, "none")["total"]
+    tight = dataclasses.replace(case, gpu=dataclasses.replace(case.gpu, memory=alone + 1))
+    assert most_images(tight, divide(case.config, 2, 1024, 1), "none") == 1024
+    assert most_dividing(tight, 2, 2048, "none") == 512
+
+
 def ask(*words):
     parser = argparse.ArgumentParser()
     command.add_plan_command(parser.add_subparsers())
@@ -340,6 +352,9 @@ def ask(*words):
     [
         (["--gpus", "8", "--gpu", "h20-141g"], "did you mean h200-141g"),
         (["--gpus", "8", "--gpu", "h100"], "h100-80g"),
+        (["--gpus", "8", "--gpu", "x"], "there are b200-180g"),
+        (["--gpus", "8", "--gpu", "h100-80g", "--interconnect", "infiniband"], "there are ethernet-10g"),
+        (["--gpus", "8", "--gpu", "h100-80g", "--engine", "fdsp"], "did you mean fsdp"),
         (["--gpus", "0", "--gpu", "h100-80g"], "choose 1 or more"),
         (["--gpus", "8", "--gpu", "h100-80g", "--interconnect", "ib400"], "ib-400g"),
         (["--gpus", "8", "--gpu", "h100-80g", "--nvlink", "ib-400g"], "nvlink"),

@@ -18,7 +18,14 @@ class Two:
 
     @staticmethod
     def seen(number, age=0.0, connected=True, gone=False, **facts):
-        usual = {"host": f"n{number}", "life": f"l{number}", "processes": 2 + number, "state": "ready", "start": 0}
+        usual = {
+            "host": f"n{number}",
+            "life": f"l{number}",
+            "machines": 2,
+            "processes": 2 + number,
+            "state": "ready",
+            "start": 0,
+        }
         return Seen({**usual, **facts}, time.monotonic() - age, connected, gone)
 
     def put(self, number, **how):
@@ -50,6 +57,21 @@ def test_a_machine_that_never_comes_is_named():
     del two.members["1"]
     time.sleep(0.01)
     assert two.word()["cause"].startswith("machine 1 did not come within 0 s. Start the same command there")
+
+
+def test_a_machine_that_was_told_of_others_is_named():
+    two = Two()
+    two.put(1, machines=3)
+    assert two.word()["cause"] == (
+        "n1 was told of 3 machines, and the first one of 2: start the same command on all"
+    )  # fmt: skip
+    assert two.word()["status"] == 2
+
+
+def test_who_is_waited_for_is_told():
+    two = Two()
+    del two.members["1"]
+    assert two.word()["missing"] == ["machine 1"]
 
 
 def test_all_finished_is_the_end():

@@ -220,7 +220,7 @@ class Guard:
         Raises RankFailed where the failure is a collective's and comes from another rank's.
         """
         status = 2 if isinstance(error, UserError | DataError) else getattr(error, "status", 1)
-        if getattr(error, "shared", False) and self.place.rank == 0:
+        if getattr(error, "shared", False) and self.place.local_rank == 0:
             note_cause(str(error).rstrip("."), status)
         if self.member is None or isinstance(error, RankFailed) or getattr(error, "shared", False):
             return

@@ -44,7 +44,7 @@ def read_hostfile(path: Path) -> dict[str, int | None]:
             continue
         found = re.fullmatch(r"(\S+)(?:\s+slots\s*=\s*([1-9]\d{0,5}))?", line)
         if found is None:
-            raise UserError(f"{path}, line {number}: {line!r} is not a host; write HOST slots=8.")
+            raise UserError(f"{path}, line {number}: {line!r} is not a host with a number; write HOST slots=8.")
         host, slots = found.groups()
         if host in hosts:
             raise UserError(f"{path}, line {number}: {host} is there already (line {at[host]}); take one of them out.")
@@ -138,7 +138,16 @@ def find_machines(
     if master is not None:
         first, _, text = master.rpartition(":") if re.search(r":\d+$", master) else (master, "", str(port))
         port = int(text)
+        if not 0 < port < 65536:
+            raise UserError(f"--master {master}: {port} is no port; give one of 1 to 65535, or leave it out.")
+        if node == 0 and not _is_here(address(first, "--master")):
+            raise UserError(
+                f"This machine, {socket.gethostname()}, is to be the first one, and --master {first} is another: give "
+                "--node-rank 0 there, or this one's name."
+            )
     assert first is not None
+    if processes and slots and processes != slots:
+        raise UserError(f"--processes {processes} and slots={slots} of {hostfile} contradict; leave --processes out.")
     wanted = processes or slots or devices or 1
     if devices and wanted > devices:
         raise UserError(

@@ -213,6 +213,18 @@ def _check_recipe(config: Config, nodes: int, gpus: int) -> None:
             f"loader.micro_batch={micro} does not divide the {batch // ranks} images of a rank (optim.batch_size="
             f"{batch} over {what}): set one that does, or leave it out."
         )
+    if engine.kind == "deepspeed":
+        from ..engine.ds_settings import check_recipe, load_settings
+
+        share, clip = batch // ranks, config.optim.clip_grad
+        settings = load_settings(
+            engine.deepspeed, batch_size=batch, micro_batch=micro or share, accumulation=share // (micro or share),
+            clip_grad=clip, world=ranks, device_type="cuda" if gpus else "cpu",
+        )  # fmt: skip
+        check_recipe(
+            settings, optimizer_kind=config.optim.kind, clip_grad=clip, clip_scope=config.optim.clip_scope,
+            precision=engine.precision, compile=engine.compile,
+        )  # fmt: skip
     if ranks % engine.replicas:
         raise UserError(f"engine.replicas={engine.replicas} does not divide {what}: set one that does.")
 
@@ -272,6 +284,8 @@ def _setup(text: str | None) -> str:
     if not text:
         return ""
     path = Path(text).expanduser()
+    if not path.is_file() and " " not in text and ("/" in text or text.endswith(".sh")):
+        raise UserError(f"--setup {text}: there is no such file; give one, or a line for the shell.")
     return (f"source {shlex.quote(str(path.absolute()))}" if path.is_file() else text) + "\n"
 
 

@@ -28,6 +28,7 @@ from .hostfile import Machines
 from .roll_call import Hub, Member, Seen
 
 _KILL = 15.0  # seconds for trainers to leave after the first signal that they fail with the others
+_PATIENCE = 10.0  # seconds of waiting before it is said for whom
 _SAYS = 4.0  # seconds in which a trainer's own words come, from whichever machine
 _STEADY = 600.0  # seconds of training after which the wait before a restart begins at a second again
 _FINAL = (2, 3)  # exit statuses that another start would end with, too: something to mend, a run that diverged
@@ -77,6 +78,8 @@ class Chief:
         return out
 
     def _gather(self, members: dict[str, Seen]) -> None:
+        if self._contradiction(members):
+            return
         now, machines = time.monotonic(), self._machines(members)
         missing = [name for name, seen in machines if seen is None or self._lost(seen)]
         if missing:
@@ -84,6 +87,8 @@ class Chief:
                 cause = f"{', '.join(missing)} did not come {'back ' * bool(self.start)}within {self.terms.wait:g} s"
                 cause += f", after: {self.first_cause}" if self.first_cause else ""
                 self._end(1, f"{cause}. Start the same command there")
+            else:
+                self._word = {**self._word, "missing": missing}
             return
         if now < self._not_before or any(seen.facts["state"] != "ready" for _, seen in machines if seen):
             return
@@ -95,6 +100,17 @@ class Chief:
             "order": "start", "start": self.start, "port": _free_port(),
             "processes": [int(facts["processes"]) for facts in there],
         }  # fmt: skip
+
+    def _contradiction(self, members: dict[str, Seen]) -> bool:
+        """End the run where a machine was told of another number of machines."""
+        for seen in members.values():
+            if seen.facts["machines"] != len(self.names):
+                self._end(
+                    2, f"{seen.facts['host']} was told of {seen.facts['machines']} machines, and the first one of "
+                    f"{len(self.names)}: start the same command on all"
+                )  # fmt: skip
+                return True
+        return False
 
     def _look(self, members: dict[str, Seen]) -> None:
         states: list[str] = []
@@ -169,14 +185,15 @@ class Supervisor:
         self._trainers: list[subprocess.Popen] = []
         self._host = socket.gethostname()
         self._first_rank, self._signal, self._signalled = 0, 0, 0.0
-        self._folder = tempfile.TemporaryDirectory(prefix="elsewhere-")
-        self._cause = Path(self._folder.name) / "cause"
+        # One name for all lives of this machine's command, so that those that were killed leave nothing to sweep up.
+        name = f"elsewhere-{os.getuid()}-{machines.port}-{machines.node}.cause"
+        self._cause = Path(tempfile.gettempdir()) / name
 
     def run(self) -> int:
         """Train until the run is over, and return its exit status."""
         machines = self.machines
         # Whoever knows the address may speak; a fixed word keeps out what speaks of something else.
-        token = f"supervise {len(machines.names)}"
+        token = "supervise"
         if machines.node == 0:
             try:
                 self._hub = Hub(Chief(machines.names, self.terms), token, machines.port)
@@ -187,8 +204,8 @@ class Supervisor:
                 ) from error
         where = "localhost" if self._hub else machines.master
         facts = {
-            "host": self._host, "life": secrets.token_hex(4), "processes": machines.processes,
-            "state": "ready", "start": 0,
+            "host": self._host, "machines": len(machines.names), "processes": machines.processes,
+            "life": secrets.token_hex(4), "state": "ready", "start": 0,
         }  # fmt: skip
         member = Member(where, machines.port, token, str(machines.node), facts)
         before = {number: signal.signal(number, self._pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -201,11 +218,12 @@ class Supervisor:
                 self._hub.close(patience=10)
             for number, handler in before.items():
                 signal.signal(number, handler)
-            self._folder.cleanup()
+            self._cause.unlink(missing_ok=True)
         return status
 
     def _follow(self, member: Member) -> int:
         quiet, ticked, start = 0.0, time.monotonic(), 0
+        waiting = ticked + _PATIENCE  # when it is next said who is waited for
         while True:
             time.sleep(0.2)
             now, word, ready = time.monotonic(), member.word, member.facts["state"] == "ready"
@@ -216,13 +234,19 @@ class Supervisor:
                 member.tell(told=self._signal)
             if self._signal and not self._trainers and (ready or now - self._signalled > self.terms.silence):
                 return 128 + self._signal
-            if quiet > self.terms.silence or (quiet > 5 and member.refused):
-                if not ready:
-                    self._say(f"The first machine, {self.machines.master}, was not heard of; the trainers here stop")
-                    self._stop()
-                    member.tell(state="ready")
-                elif quiet > self.terms.wait + self.terms.silence:
-                    raise UserError(self._unheard(member))
+            lost = not word or quiet > self.terms.silence or (quiet > 5 and member.refused)
+            if not ready:
+                waiting = now + _PATIENCE
+            elif quiet > self.terms.wait + (self.terms.silence if word else 0):
+                raise UserError(self._unheard(member, quiet))
+            elif now > waiting and (quiet > _PATIENCE or word.get("missing")):
+                waiting = now + 3 * _PATIENCE
+                self._say(self._waits(member, quiet))
+            if lost and not ready:
+                self._say(f"The first machine, {self.machines.master}, was not heard of; the trainers here stop")
+                self._stop()
+                member.tell(state="ready")
+            if lost:
                 continue
             order = word.get("order")
             if order == "over":
@@ -309,12 +333,22 @@ class Supervisor:
             if trainer.poll() is None:
                 trainer.send_signal(number)
 
-    def _unheard(self, member: Member) -> str:
+    def _waits(self, member: Member, quiet: float) -> str:
+        missing = member.word.get("missing")
+        if quiet <= _PATIENCE and missing:
+            return f"Waiting for {', '.join(missing)}, {self.terms.wait:g} s at most"
+        where = f"{self.machines.master}:{self.machines.port}"
+        return f"No answer yet from {where}, the first machine{self._reason(member)}"
+
+    @staticmethod
+    def _reason(member: Member) -> str:
+        return f" ({member.failure.strerror or member.failure})" if member.failure else ""
+
+    def _unheard(self, member: Member, quiet: float) -> str:
         machines = self.machines
-        reason = f" ({member.failure.strerror or member.failure})" if member.failure else ""
         return (
             f"{self._host} has no answer from {machines.master}:{machines.port}, the first machine, "
-            f"for {self.terms.wait:g} s{reason}: start the same command there, and look at names and firewall."
+            f"for {quiet:.0f} s{self._reason(member)}: start the same command there, and look at names and firewall."
         )
 
     def _say(self, text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import os
 from pathlib import Path
@@ -79,8 +80,16 @@ def _engine(name: str | None) -> list[str]:
         return []
     if name in ("ddp", "fsdp"):
         return [f"engine.kind={name}"]
+    from ..engine.ds_settings import names
+
     if name == "hsdp":
         raise UserError("--engine hsdp is fsdp with replicas: write --engine fsdp engine.replicas=NODES.")
+    known = ["ddp", "fsdp", *names()]
+    if not name.endswith(".json") and name not in known:
+        near = difflib.get_close_matches(name, known, 1, 0.5)
+        hint = f"did you mean {near[0]}? There" if near else "there"
+        listed = ", ".join(known)
+        raise UserError(f"There is no --engine {name}; {hint} are {listed}, or a file that ends in .json.")
     return ["engine.kind=deepspeed", f"engine.deepspeed={name}"]
 
 
@@ -133,6 +142,8 @@ def print_plan(result: dict[str, Any]) -> None:
         print("  nothing")
     why = "assumed: a goal of ours or less, measured on no GPU; give --mfu" if r["mfu_assumed"] else "as given"
     print(f"\nMFU {r['mfu']:.2f} of the data sheet's peak ({why})")
+    if r["memory"]["total"] > r["gpu_memory"]:
+        print("With the micro-batch that does not fit (the table below takes the largest that does):")
     bound = "exchanges" if r["sending"] > r["computing"] else "computing"
     print(
         f"Step {r['seconds']:.4f} s, bound by {bound} (computing {r['computing']:.4f}, exchanges {r['sending']:.4f}; "

@@ -87,7 +87,7 @@ def link(name: str, within: bool) -> Link:
 
 def _nearest(name: str, known: dict) -> str:
     near = difflib.get_close_matches(name.lower(), known, 1, 0.3)
-    return f"did you mean {near[0]}? " * bool(near) + f"There are {', '.join(known)}."
+    return (f"did you mean {near[0]}? There are " if near else "there are ") + f"{', '.join(known)}."
 
 
 def peaks() -> dict[str, float]:

@@ -109,8 +109,17 @@ def most_images(case: Case, by: Division, policy: str | int) -> int:
     return max(0, case.activations(policy).most_images(free, 1 + ROUNDING, 2 * case.batch_bytes))
 
 
-def _largest_divisor(share: int, most: int) -> int:
-    return max((d for d in range(1, min(share, most) + 1) if share % d == 0), default=0)
+def most_dividing(case: Case, gpus: int, share: int, policy: str | int) -> int:
+    """The largest micro-batch that divides a GPU's share of the batch and fits; 0 if none does.
+
+    One that is less than the share adds up gradients, which some engines keep whole.
+    """
+    for micro in range(share, 0, -1):
+        if share % micro == 0:
+            by = divide(case.config, gpus, micro, share // micro)
+            if memory(case, by, micro, policy)["total"] <= case.gpu.memory:
+                return micro
+    return 0
 
 
 def check_place(config: Config, place: Place) -> None:
@@ -202,7 +211,8 @@ def _policy_row(case: Case, by: Division, micro: int, share: int, policy: str | 
     total = memory(case, by, micro, policy)["total"]
     return {
         "policy": policy, "kept": acts.kept(micro), "kept_per_image": acts.kept.per_image, "peak": acts.peak(micro),
-        "total": total, "fits": total <= case.gpu.memory, "most": most, "usable": _largest_divisor(share, most),
+        "total": total, "fits": total <= case.gpu.memory, "most": most,
+        "usable": most_dividing(case, by.ranks, share, policy),
     }  # fmt: skip
 
 
@@ -230,12 +240,12 @@ def _scale(case: Case, gpus: int, network: pace.Network, mfu: float) -> dict[str
         return row
     wanted = config.loader.micro_batch or share
     if share % wanted:
-        return {**row, "divides": False}
+        return {**row, "refused": f"micro-batches of {wanted} do not divide a share of {share}"}
     try:
         by = divide(config, gpus, wanted, share // wanted)
         most = most_images(case, by, policy)
         if wanted > most:
-            wanted = _largest_divisor(share, most) or wanted
+            wanted = most_dividing(case, gpus, share, policy) or wanted
             by = divide(config, gpus, wanted, share // wanted)
     except UserError as error:
         return {**row, "refused": str(error)}
