@@ -159,6 +159,11 @@ def _divisors(n: int) -> list[int]:
 def _check_division(global_batch: int, micro_batch: int, world: int) -> None:
     if global_batch < 1 or micro_batch < 1:
         raise DataError(f"optim.batch_size={global_batch} and loader.micro_batch={micro_batch} must be 1 or more.")
+    if global_batch % world and micro_batch == max(1, global_batch // world):  # a share that nobody chose
+        near = " or ".join(str(n) for n in (global_batch // world * world, (global_batch // world + 1) * world) if n)
+        raise DataError(
+            f"optim.batch_size={global_batch} does not divide among {world} ranks: set optim.batch_size to {near}."
+        )
     unit = world * micro_batch
     if global_batch % unit:
         near = " or ".join(str(size) for size in (global_batch // unit * unit, -(-global_batch // unit) * unit) if size)

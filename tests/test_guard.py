@@ -9,9 +9,10 @@ from elsewhere.launch.nodes.guard import Judge, ranks
 from elsewhere.launch.nodes.roll_call import Seen
 
 
-def seen(host="n0", age=0.0, connected=True, gone=False, **facts):
+def seen(host="n0", age=0.0, away=None, gone=False, **facts):
     usual = {"host": host, "step": 17, "doing": "in forward and backward", "still": 0.1}
-    return Seen({**usual, **facts}, time.monotonic() - age, connected, gone)
+    lost = None if away is None else time.monotonic() - away
+    return Seen({**usual, **facts}, time.monotonic() - age, lost, gone)
 
 
 def four(**changed):
@@ -26,14 +27,19 @@ def word(members, wait=1800.0, silence=30.0):
 
 def test_nothing_is_said_while_all_is_well():
     assert word(four(r3=seen("n1", age=29))) is None
-    assert word(four(r3=seen("n1", gone=True, connected=False, age=100))) is None
+    assert word(four(r3=seen("n1", gone=True, away=100, age=100))) is None
 
 
 def test_a_lost_connection_is_a_killed_rank():
-    assert word(four(r3=seen("n1", age=4, connected=False))) == (
+    assert word(four(r3=seen("n1", age=4, away=4))) == (
         "rank 3 on n1 ended without a word (at step 17, in forward and backward): killed, perhaps for want of memory"
     )
-    assert word(four(r3=seen("n1", age=1, connected=False))) is None  # it may be coming again
+    assert word(four(r3=seen("n1", age=1, away=1))) is None  # it may be coming again
+
+
+def test_a_connection_that_is_closed_after_a_silence_may_be_made_anew():
+    """As one that was frozen does when it thaws, or was cut off when the network is back."""
+    assert word(four(r3=seen("n1", age=20, away=0.1))) is None
 
 
 def test_a_silent_machine_is_named_with_its_ranks():
@@ -65,7 +71,7 @@ def test_a_broken_collective_without_another_cause_is_the_cause(monkeypatch):
 
 def test_the_word_does_not_change_once_it_is_spoken():
     judge = Judge(4, 30, 1800)
-    spoken = judge(four(r3=seen("n1", age=4, connected=False)))
+    spoken = judge(four(r3=seen("n1", age=4, away=4)))
     assert judge(four(r2=seen("n1", failed=failure("later", False)))) == spoken
 
 

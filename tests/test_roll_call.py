@@ -46,8 +46,9 @@ def test_leaving_is_told_from_a_lost_connection(hub):
         killed.sendall(json.dumps({"token": "token", "name": "2", "facts": {"x": 0}}).encode() + b"\n")
         until(lambda: "2" in hub.members)
         assert hub.members["2"].connected
+        hub.members["2"].heard -= 20  # a silence before
     until(lambda: not hub.members["2"].connected)
-    assert not hub.members["2"].gone
+    assert not hub.members["2"].gone and hub.members["2"].away < 2 < hub.members["2"].age
 
 
 def test_a_member_comes_again_when_the_hub_does():

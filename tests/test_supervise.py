@@ -17,7 +17,7 @@ class Two:
         self.members = {str(n): self.seen(n) for n in range(2)}
 
     @staticmethod
-    def seen(number, age=0.0, connected=True, gone=False, **facts):
+    def seen(number, age=0.0, away=None, gone=False, **facts):
         usual = {
             "host": f"n{number}",
             "life": f"l{number}",
@@ -26,7 +26,8 @@ class Two:
             "state": "ready",
             "start": 0,
         }
-        return Seen({**usual, **facts}, time.monotonic() - age, connected, gone)
+        lost = None if away is None else time.monotonic() - away
+        return Seen({**usual, **facts}, time.monotonic() - age, lost, gone)
 
     def put(self, number, **how):
         self.members[str(number)] = self.seen(number, **how)
@@ -77,18 +78,18 @@ def test_who_is_waited_for_is_told():
 def test_all_finished_is_the_end():
     two = Two()
     start = two.running()
-    two.put(0, state="finished", start=start, gone=True, connected=False)
+    two.put(0, state="finished", start=start, gone=True, away=0)
     assert two.word()["order"] == "start"
     two.put(1, state="finished", start=start)
     assert (two.word()["order"], two.word()["status"]) == ("over", 0)
 
 
 FAULTS = {
-    "killed": ({"connected": False, "age": 4}, "n1 left: killed, or down"),
+    "killed": ({"away": 4, "age": 4}, "n1 left: killed, or down"),
     "silent": ({"age": 31}, "n1 was not heard of for 30 s: frozen, or cut off from the network"),
     "another life": ({"life": "new", "state": "ready", "start": 0}, "n1 started anew"),
     "back from a cut": ({"state": "ready", "start": 1}, "n1 was cut off for a while"),
-    "left while running": ({"gone": True, "connected": False}, "n1 left: killed, or down"),
+    "left while running": ({"gone": True, "away": 0}, "n1 left: killed, or down"),
 }
 
 
@@ -144,7 +145,7 @@ def test_told_to_stop_is_no_failure():
     start = two.running()
     two.put(0, state="stopped", start=start, status=143)
     assert two.word()["order"] == "start"  # the other still writes its checkpoint
-    two.put(1, state="stopped", start=start, status=143, gone=True, connected=False)
+    two.put(1, state="stopped", start=start, status=143, gone=True, away=0)
     assert (two.word()["order"], two.word()["status"]) == ("over", 143)
 
 

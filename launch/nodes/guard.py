@@ -95,7 +95,8 @@ class Judge:
         return None
 
     def _lost(self, there: dict[int, Seen]) -> tuple[str, int] | None:
-        gone = {rank: seen for rank, seen in there.items() if not seen.connected and seen.age > _GONE}
+        # From when it was lost: one that was frozen may close an old connection and make a new one as it thaws.
+        gone = {rank: seen for rank, seen in there.items() if seen.away > _GONE}
         if gone:
             return f"{_where(gone)} ended without a word ({_at(gone)}): killed, perhaps for want of memory", 1
         silent = {rank: seen for rank, seen in there.items() if seen.age > self.silence}

@@ -23,17 +23,26 @@ _LONGEST = 1 << 20  # bytes of a line; a member says far less
 
 @dataclass
 class Seen:
-    """What the hub knows of a member: its latest facts, when they came, and whether it is still connected."""
+    """What the hub knows of a member: its latest facts, when they came, and since when it is not connected."""
 
     facts: dict[str, Any]
     heard: float  # of time.monotonic
-    connected: bool = True
+    lost: float | None = None  # of time.monotonic, when its connection was closed
     gone: bool = False  # it took its leave
 
     @property
     def age(self) -> float:
         """Seconds since it was last heard."""
         return time.monotonic() - self.heard
+
+    @property
+    def connected(self) -> bool:
+        return self.lost is None
+
+    @property
+    def away(self) -> float:
+        """Seconds since its connection was lost; 0 while it is there."""
+        return 0.0 if self.lost is None else time.monotonic() - self.lost
 
 
 class _Line:
@@ -108,7 +117,7 @@ class Hub:
         except (ValueError, KeyError, TypeError):
             return False
         line.name = name
-        self.members[name] = Seen(facts, time.monotonic(), True, leaving)
+        self.members[name] = Seen(facts, time.monotonic(), gone=leaving)
         return True
 
     def _drop(self, line: _Line) -> None:
@@ -117,7 +126,7 @@ class Hub:
         line.connection.close()
         others = (key.data.name for key in self._selector.get_map().values() if key.data)
         if line.name in self.members and line.name not in others:  # it has not come again already
-            self.members[line.name].connected = False
+            self.members[line.name].lost = time.monotonic()
 
     def _speak(self) -> None:
         """Judge, and tell everybody where the word is a new one."""
@@ -220,8 +229,9 @@ class Member:
 
     def _speak(self, connection: socket.socket) -> None:
         """Send facts every interval and whenever there are new ones, until the connection or this member ends."""
-        begun = time.monotonic()
+        heard, quiet = self._heard, 0.0
         while True:
+            begun = time.monotonic()
             with self._changed:
                 self._new, facts, ending = False, self.facts, self._ending
             said = {"token": self._token, "name": self.name, "facts": facts, "leaving": ending}
@@ -230,8 +240,11 @@ class Member:
                 return
             with self._changed:
                 self._changed.wait_for(lambda: self._new or self._ending or not self._connected, self.interval)
+            # By own ticks, so that a process that was frozen itself hears what has come before it gives up.
+            quiet = 0.0 if self._heard > heard else quiet + min(time.monotonic() - begun, 2 * self.interval)
+            heard = self._heard
             # A connection that died of a cut would be missed by TCP after a quarter of an hour.
-            if not self._connected or time.monotonic() - max(self._heard, begun) > _DEAD:
+            if not self._connected or quiet > _DEAD:
                 return
 
     def _hear(self, connection: socket.socket) -> None:

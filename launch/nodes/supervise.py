@@ -157,7 +157,7 @@ class Chief:
     def _lost(self, seen: Seen) -> bool:
         if seen.gone:
             return seen.facts["state"] not in ("stopped", "finished")
-        return (not seen.connected and seen.age > 3) or seen.age > self.terms.silence
+        return seen.away > 3 or seen.age > self.terms.silence
 
     def _fail(self, cause: str) -> None:
         self.first_cause = self.first_cause or cause

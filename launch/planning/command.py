@@ -97,6 +97,8 @@ def print_plan(result: dict[str, Any]) -> None:
     """Print what `plan` returned."""
     r = result
     nodes = f"{r['nodes']} node{'s' * (r['nodes'] > 1)} of {min(r['gpus_per_node'], r['gpus'])}"
+    if r["nodes"] > 1 and r["gpus"] % r["gpus_per_node"]:
+        nodes += f" (the last one of {r['gpus'] % r['gpus_per_node']})"
     between = f", {r['links'][1]} between them" if r["nodes"] > 1 else ""
     print(f"{r['recipe']} on {r['gpus']} × {r['gpu']}: {nodes}, {r['links'][0]} within{between}")
     frozen = f" and {r['frozen'] / 1e6:,.1f} M of the teacher" if r["frozen"] else ""
@@ -132,10 +134,10 @@ def print_plan(result: dict[str, Any]) -> None:
             f"{'yes' if row['fits'] else 'no':4}   {row['most']} ({row['usable']})"
         )
     print(_advice(r))
-    print("\nExchanged in a step                 ranks   times   sent GB a GPU   seconds at full bandwidth")
+    print("\nExchanged in a step                      ranks   times   sent GB a GPU   seconds at full bandwidth")
     for one in r["exchanges"]:
         print(
-            f"  {one['what'] + ', ' + one['kind']:33} {one['ranks']:>5} {one['times']:>7.0f} "
+            f"  {one['what'] + ', ' + one['kind']:38} {one['ranks']:>5} {one['times']:>7.0f} "
             f"{one['sent'] / 1e9:>13.3f} {one['seconds']:>15.4f}"
         )
     if not r["exchanges"]:
@@ -153,6 +155,12 @@ def print_plan(result: dict[str, Any]) -> None:
         f"{r['epochs']} epochs of {r['images']:,} images, {r['steps']:,} steps: {r['days']:.2f} days, "
         f"{r['gpu_hours']:,.0f} GPU hours"
     )
+    if r["unseen"]:
+        print(f"{r['unseen']} is not on this machine: the number of images is assumed; give --images")
+    if not r["decoded"]:
+        print("Loader: the digits are in memory, nothing is decoded")
+        _print_scales(r)
+        return
     print(
         f"Loader: {r['loader_cores']:.1f} cores a GPU at {r['images_per_core']:.0f} images/s and core "
         "(docs/benchmarks/data.md: photos of 500×375; measure yours by `elsewhere bench data`, --images-per-core)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -50,6 +51,7 @@ class Case:
     batch_bytes: float  # of an image on its way to the GPU, with its masks
     flops: float
     images: int
+    unseen: str | None  # data.path, where it is not on this machine
     again: float
 
     def activations(self, policy: str | int) -> Activations:
@@ -64,7 +66,8 @@ def open_case(config: Config, gpu_name: str, images: int | None, recipe: str) ->
     dtype = (torch.bfloat16 if found.bfloat16 else torch.float32) if precision == "auto" else DTYPES[precision]
     method = on_meta(config)
     masks = build_masks(config, method.encoder.grid)(config.seed, 0, 0, np.arange(64))
-    if images is None and config.data.path:
+    unseen = _unseen(config) if images is None else None
+    if images is None and config.data.path and not unseen:
         try:
             images = len(_sources(config, None, None)[0])
         except DataError as error:
@@ -77,9 +80,15 @@ def open_case(config: Config, gpu_name: str, images: int | None, recipe: str) ->
         config=config, gpu=found, dtype=dtype, weights=weights_of(method),
         adversary=sum(tensor.numel() for tensor in attack.values()),
         batch_bytes=pixels + sum(part.nbytes for part in drawn) / 64, flops=flops,
-        images=images or (CIFAR10 if recipe.startswith("cifar10") else IMAGENET),
+        images=images or (CIFAR10 if recipe.startswith("cifar10") else IMAGENET), unseen=unseen,
         again=pace.computed_again(method, flops, config.engine.activation_checkpointing),
     )  # fmt: skip
+
+
+def _unseen(config: Config) -> str | None:
+    """A folder of data.path that is not on this machine, which need not be the one to train on."""
+    paths = [os.path.expanduser(path) for path in config.data.places()[0] if not set(path) & set(":*?[{")]
+    return next((path for path in paths if path != "digits" and not os.path.exists(path)), None)
 
 
 def memory(case: Case, by: Division, micro: int, policy: str | int) -> dict[str, float]:
@@ -192,6 +201,7 @@ def plan(
             for one in pace.exchanges(case.weights, by, case.adversary)
         ],
         "mfu": mfu, "mfu_assumed": assumed, "images": case.images, "epochs": config.optim.epochs, **step,
+        "unseen": case.unseen, "decoded": config.data.path != "digits",
         "images_per_core": per_core, "loader_cores": config.optim.batch_size / step["seconds"] / place.gpus / per_core,
         "scales": scaled, "apex": config.model.norm == "apex" or config.optim.kind == "apex_adamw",
     }  # fmt: skip
