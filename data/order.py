@@ -159,11 +159,6 @@ def _divisors(n: int) -> list[int]:
 def _check_division(global_batch: int, micro_batch: int, world: int) -> None:
     if global_batch < 1 or micro_batch < 1:
         raise DataError(f"optim.batch_size={global_batch} and loader.micro_batch={micro_batch} must be 1 or more.")
-    if global_batch % world and micro_batch == max(1, global_batch // world):  # a share that nobody chose
-        near = " or ".join(str(n) for n in (global_batch // world * world, (global_batch // world + 1) * world) if n)
-        raise DataError(
-            f"optim.batch_size={global_batch} does not divide among {world} ranks: set optim.batch_size to {near}."
-        )
     unit = world * micro_batch
     if global_batch % unit:
         near = " or ".join(str(size) for size in (global_batch // unit * unit, -(-global_batch // unit) * unit) if size)
@@ -177,8 +172,18 @@ def _check_division(global_batch: int, micro_batch: int, world: int) -> None:
         )
 
 
-def check_batch_sizes(n: int, global_batch: int, micro_batch: int, world: int) -> None:
-    """Raise `DataError` unless `global_batch` of the `n` images divides into whole micro-batches of `world` ranks."""
+def check_batch_sizes(n: int, global_batch: int, micro_batch: int | None, world: int) -> int:
+    """The micro-batch, by default a rank's whole share.
+
+    Raises `DataError` unless `global_batch` of the `n` images divides into whole micro-batches of `world` ranks.
+    """
+    if micro_batch is None:
+        micro_batch = max(1, global_batch // world)
+        if global_batch % world:
+            near = " or ".join(str(size) for size in (micro_batch * world, (micro_batch + 1) * world))
+            raise DataError(
+                f"optim.batch_size={global_batch} does not divide among {world} ranks: set optim.batch_size to {near}."
+            )
     _check_division(global_batch, micro_batch, world)
     if n < global_batch:
         unit = world * micro_batch
@@ -186,6 +191,7 @@ def check_batch_sizes(n: int, global_batch: int, micro_batch: int, world: int) -
             f"The data set has {n} images, less than one optim.batch_size={global_batch}: "
             f"set optim.batch_size to {n // unit * unit or n} or less, or add images."
         )
+    return micro_batch
 
 
 @dataclass(frozen=True)

@@ -60,8 +60,7 @@ def assemble(config: Config, world: World, dataset: Any = None, val_dataset: Any
     # The same pixels either way; on a CPU Pillow is faster, and FFCV's loader cannot do it.
     on_device = where == "device" or (where == "auto" and (world.device.type == "cuda" or reader == "ffcv"))
     batch = config.optim.batch_size
-    micro = config.loader.micro_batch or max(1, batch // world.size)  # by default the rank's whole share
-    check_batch_sizes(len(train), batch, micro, world.size)
+    micro = check_batch_sizes(len(train), batch, config.loader.micro_batch, world.size)
     workers = _workers(config, world, train)
     if isinstance(train, Stream):
         check_division(train.streams, world.size, workers, batch)

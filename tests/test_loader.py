@@ -263,6 +263,11 @@ def test_sizes_that_do_not_fit_name_those_that_do(changes, sentence):
         loader(**changes)
 
 
+def test_a_batch_that_ranks_cannot_share_says_nothing_of_micro_batches():
+    with pytest.raises(DataError, match=r"^optim.batch_size=20 does not divide among 3 ranks: .* to 18 or 21\.$"):
+        check_batch_sizes(100, 20, None, 3)
+
+
 def test_a_batch_larger_than_the_data_names_one_that_fits():
     with pytest.raises(DataError, match=r"has 100 images.*optim.batch_size to 96 or less"):
         check_batch_sizes(100, 128, 32, 1)

@@ -395,6 +395,14 @@ def test_command_prints_all_parts_and_writes_json(tmp_path, capsys):
     assert [row["gpus"] for row in written["scales"]] == [2**k for k in range(3, 13)]
 
 
+def test_a_folder_of_another_machine_and_a_node_that_is_not_full_are_said(capsys):
+    assert ask("cifar10_stop", "--gpus", "12", "--gpu", "a100-40g", "data.path=/no/where", "optim.batch_size=120") == 0
+    printed = capsys.readouterr().out
+    assert "2 nodes of 8 (the last one of 4)" in printed
+    assert "/no/where is not on this machine: the number of images is assumed" in printed
+    assert "epochs of 50,000 images" in printed
+
+
 def test_planning_leaves_no_fake_tensors_in_the_tables_of_relative_positions():
     """A real forward after a plan, in the same process."""
     config = load_config(*CASES["adpe"])

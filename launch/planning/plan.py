@@ -138,9 +138,8 @@ def check_place(config: Config, place: Place) -> None:
     if place.per_node < 1:
         raise UserError(f"--gpus-per-node {place.per_node} is no number of GPUs; choose 1 or more.")
     batch = config.optim.batch_size
-    micro = config.loader.micro_batch or max(1, batch // place.gpus)
     try:
-        check_batch_sizes(batch, batch, micro, place.gpus)
+        check_batch_sizes(batch, batch, config.loader.micro_batch, place.gpus)
     except DataError as error:
         near = min((n for n in range(1, batch + 1) if batch % n == 0), key=lambda n: abs(n - place.gpus))
         more = f" Or take --gpus {near}." if batch % place.gpus else ""
