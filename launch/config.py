@@ -246,7 +246,7 @@ class Engine(Section):
     activation_checkpointing: Literal["none", "selective", "full"] | Annotated[int, Field(ge=2)] = "none"
     compile: bool = False  # the blocks, by torch.compile
     wait_minutes: Positive = 30.0  # for ranks that do not come to the start or to a collective; then the run ends
-    silence_seconds: Annotated[float, Field(ge=5)] = 30.0  # of a rank that is frozen or cut off; then the run ends
+    silence_seconds: Annotated[float, Field(ge=5)] = 22.0  # of a rank that is frozen or cut off; then the run ends
 
 
 class LoaderSection(Section):

@@ -110,7 +110,7 @@ def pick_device(wanted: str, local_rank: int, local_size: int = 1) -> torch.devi
     return torch.device("cuda", local_rank)
 
 
-def join(device: str = "auto", group: bool = False, wait: float = 1800.0, silence: float = 30.0) -> World:
+def join(device: str = "auto", group: bool = False, wait: float = 1800.0, silence: float = 22.0) -> World:
     """Find out which process this is and join the others, if any, within `wait` seconds.
 
     `group` makes a process group for a single process, too, as engines need that divide weights. A collective that not

@@ -25,6 +25,7 @@ CAUSE_FILE = "ELSEWHERE_CAUSE"  # in the environment: where a supervisor reads w
 _GONE = 3.0  # seconds after which a connection that was lost is not merely being made anew
 _SECOND_HAND = 10.0  # seconds in which the cause of a collective's failure shows up, or it is one itself
 _GRACE = 5.0  # seconds for a process to leave on its own once the cause is known
+_LATER = 2.0  # seconds
 _LONG = 5.0  # seconds at one thing after which it is worth saying where the collectives stand
 
 
@@ -150,7 +151,7 @@ class Guard:
     """
 
     def __init__(
-        self, place: Place, silence: float = 30.0, member: Member | None = None, hub: Hub | None = None
+        self, place: Place, silence: float = 22.0, member: Member | None = None, hub: Hub | None = None
     ):  # fmt: skip
         self.place, self.silence, self.member, self._hub = place, silence, member, hub
         self._step: int | None = None
@@ -186,18 +187,20 @@ class Guard:
             ticked = now
             if member.word.get("cause"):
                 self._leave(member.word["cause"], member.word["status"])
-            elif quiet > self.silence + _GRACE or (member.refused and quiet > 2 * _GRACE):
+            # A little later than the others would hear of this rank's silence, so that their cause comes first.
+            elif quiet > self.silence + _LATER or (member.refused and quiet > 2 * _GRACE):
                 self._leave(
                     f"the first machine, {self.place.master}, was not heard of for {quiet:.0f} s "
                     f"({_doing(self.facts())} on {self.place.host}): its process ended, or the network is cut",
                     1,
+                    _LATER,
                 )
             else:
                 member.tell(**self.facts())
 
-    def _leave(self, cause: str, status: int) -> None:
+    def _leave(self, cause: str, status: int, grace: float = _GRACE) -> None:
         """End this process soon, whatever its main thread waits for."""
-        if self._ending.wait(_GRACE):
+        if self._ending.wait(grace):
             return
         self.say(cause)
         note_cause(cause, status)

@@ -41,7 +41,7 @@ class Terms:
 
     restarts: int
     wait: float = 300.0
-    silence: float = 30.0
+    silence: float = 22.0
 
 
 class Chief:
