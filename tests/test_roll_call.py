@@ -91,3 +91,13 @@ def test_a_line_without_an_end_is_not_kept(hub):
 def test_a_port_that_is_taken_is_an_error(hub):
     with pytest.raises(OSError):
         Hub(lambda members: {}, "token", hub.port)
+
+
+def test_a_hub_that_closes_does_not_wait_for_who_is_silent(hub):
+    with socket.create_connection(("localhost", hub.port)) as frozen:
+        frozen.sendall(json.dumps({"token": "token", "name": "2", "facts": {"x": 0}}).encode() + b"\n")
+        until(lambda: "2" in hub.members)
+        hub.members["2"].heard -= 60
+        begun = time.monotonic()
+        hub.close(patience=60)
+        assert time.monotonic() - begun < 30

@@ -151,7 +151,9 @@ class Hub:
     def close(self, patience: float = 0.0) -> None:
         """Stop hearing, after `patience` seconds at most in which the members that are there may leave."""
         end = time.monotonic() + patience
-        while time.monotonic() < end and any(seen.connected and not seen.gone for seen in list(self.members.values())):
+        while time.monotonic() < end and any(
+            seen.connected and not seen.gone and seen.age < patience for seen in list(self.members.values())
+        ):
             time.sleep(0.05)
         self._ending.set()
         self._thread.join(5)
