@@ -208,7 +208,8 @@ class Guard:
         for worker in multiprocessing.active_children():
             worker.kill()
         sys.stdout.flush()
-        if self._hub is not None:
+        if self._hub is not None and self.member is not None:
+            self.member.close()  # or the hub would wait for it
             self._hub.close(patience=_GRACE)
         os._exit(status)
 
