@@ -1,6 +1,7 @@
 """Pickles of others: only what is on the list is made, by both ways in which torch reads a file."""
 
 import collections
+import enum
 import io
 import pickle
 import subprocess
@@ -27,6 +28,10 @@ class Harm:
 
     def __reduce__(self):
         return open, (str(self.path), "w")
+
+
+class Colour(enum.Enum):
+    RED = 1
 
 
 class Shell(Harm):
@@ -72,6 +77,32 @@ def test_the_old_file_format_of_torch_is_not_read_at_all(tmp_path):
     with pytest.raises(pickle.UnpicklingError, match="no whole archive"):
         load_file(tmp_path / "file.pt", restricted(TENSORS))
     assert not (tmp_path / "harm").exists()
+
+
+class Attribute:
+    """As Python 3.11.0 to 3.11.3 write a member of an enumeration."""
+
+    def __init__(self, *of):
+        self.of = of
+
+    def __reduce__(self):
+        return getattr, self.of
+
+
+def test_members_of_enumerations_are_read_as_any_python_wrote_them():
+    allowed = {f"{Colour.__module__}.Colour": Colour}
+    content = io.BytesIO(pickle.dumps([Attribute(Colour, "RED"), Colour.RED]))
+    assert restricted(allowed).load(content) == [Colour.RED, Colour.RED]  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize(
+    "of", [(Colour, "__class__"), (Colour, "mro"), (Harm, "__init__"), (dict, "RED"), ("text", "format"), (Colour, [])]
+)
+def test_no_other_attribute_is_reached(of):
+    allowed = {f"{one.__module__}.{one.__name__}": one for one in (Colour, Harm, dict)}
+    content = io.BytesIO(pickle.dumps(Attribute(*of)))
+    with pytest.raises(pickle.UnpicklingError):
+        restricted(allowed).load(content)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @pytest.mark.parametrize("attribute", ["__class__", "__reduce_ex__", "__init__.__globals__"])
