@@ -32,6 +32,7 @@ setup(
     install_requires=[
         "torch>=2.11",
         "torchvision>=0.26",
+        "triton>=3.6; platform_system == 'Linux'",  # torch's own version of it, where torch brings one
         "timm>=1.0.21",
         "deepspeed>=0.19.8",
         "numpy>=1.26",

@@ -86,12 +86,15 @@ def banner(
     held_out = f"{len(parts.val):,} held out" if parts.val is not None else "none held out"
     views = f" ({config.data.views} crops each)" if config.data.views > 1 else ""
     teacher = " and teacher" if isinstance(method, Jepa) else ""
+    choices = method.kernel_choices(world.device)
+    kernels = "; ".join(f"{path}: {choice.operator} ({choice.why})" for path, choice in choices.items())
     lines = {
         "run": f"{config.run.dir}  (recipe: {config.about})" if config.about else config.run.dir,
         "hardware": hardware(world),
         "versions": versions_line(config),
         "engine": _engine(config, world),
         "precision": f"{dtype} ({parts.precision_reason}); parameters{teacher} float32",
+        "kernels": kernels,
         "model": f"{_trained(config, method)}, {rows}×{columns} patches, {parts.gflops_per_image:.3g} GFLOP an image",
         "data": f"{len(parts.train):,} images ({parts.images}) to train{views}, {held_out}, "
         f"{parts.workers} worker{'s' * (parts.workers != 1)}",
@@ -100,6 +103,8 @@ def banner(
         "start": start,
     }
     for name, text in lines.items():
+        if not text:  # a method without a choice of kernels
+            continue
         say(console, f"{name:10} {text}")
         if name == "hardware" and world.size > world.local_size:
             for host in hosts:

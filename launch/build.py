@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from ..data.augment import Augment
 from ..data.masks import block_masks
 from ..data.random_masks import RandomMasks
+from ..kernels.dispatch import Choice
 from ..models.adversary import Adversary
 from ..models.jepa import Jepa, Predictor, Stop
 from ..models.mae import Attack, Decoder, Mae
@@ -74,6 +75,14 @@ def _init(config: Config) -> dict[str, Any]:
 
 def build_method(config: Config) -> Method:
     """The method with fresh weights, which are a function of `seed`; UserError for sizes that do not fit together."""
+    method = _build_method(config)
+    for module in method.modules():
+        if hasattr(module, "kernels"):
+            setattr(module, "kernels", config.kernels)  # noqa: B010, for pyright takes a module's attributes for modules
+    return method
+
+
+def _build_method(config: Config) -> Method:
     torch.manual_seed(config.seed)
     encoder = build_encoder(config)
     mean, std = pixel_statistics(config.data, config.model.channels)
@@ -114,6 +123,12 @@ def _build_jepa(config: Config, encoder: Encoder, mean: list[float], std: list[f
         encoder, predictor, seed=config.seed, mean=mean, std=std,
         teacher_layers=layers, pairing=config.method.pairing,
     )  # fmt: skip
+
+
+def choose_kernels(method: Method, device: torch.device) -> dict[str, Choice]:
+    """What computes each hot path of the method on `device`; UserError where the configured kernels cannot."""
+    with user_errors():
+        return method.kernel_choices(device)
 
 
 def build_adversary(config: Config, method: Method) -> Adversary | None:

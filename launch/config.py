@@ -1,7 +1,7 @@
 """The typed configuration: recipes in YAML with `base:` inheritance, `key=value` overrides, and their checks.
 
 What changes a run's result (`seed`, `model`, `method`, `mask`, `data`, `optim`, `init`) stands apart from what must
-not (`engine`, `loader`, `checkpoint`, `monitor`, `probe`, `run`).
+not (`kernels`, `engine`, `loader`, `checkpoint`, `monitor`, `probe`, `run`).
 """
 
 from __future__ import annotations
@@ -302,6 +302,7 @@ class Config(Section):
     data: Data = Data()
     optim: Optim = Optim()
     init: Init = Init()
+    kernels: Literal["auto", "reference", "triton"] = "auto"  # of noise and relative attention; auto where it pays
     engine: Engine = Engine()
     loader: LoaderSection = LoaderSection()
     checkpoint: Checkpoint = Checkpoint()

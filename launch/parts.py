@@ -20,7 +20,7 @@ from ..data.webdataset import Stream, is_remote
 from ..models.jepa import Jepa
 from ..models.mae import Mae
 from ..models.method import Method
-from .build import adversary_schedules, build_augment, build_masks, build_method, build_schedules
+from .build import adversary_schedules, build_augment, build_masks, build_method, build_schedules, choose_kernels
 from .config import Config
 from .engine.precision import choose_precision
 from .errors import UserError
@@ -54,6 +54,7 @@ class Parts:
 def assemble(config: Config, world: World, dataset: Any = None, val_dataset: Any = None) -> Parts:
     """Build the parts; raises UserError or DataError for everything in the configuration that cannot work."""
     method = build_method(config)
+    choose_kernels(method, world.device)  # now, so that what cannot be had ends the run before it starts
     masks = build_masks(config, method.encoder.grid)
     train, val, reader = _sources(config, dataset, val_dataset)
     where = config.loader.augment

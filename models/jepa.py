@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..kernels import dispatch
 from ..kernels.stochastic_positions import position_noise, stochastic_positions
 from .method import IMAGENET_MEAN, IMAGENET_STD, Method
 from .positions import Positions
@@ -92,9 +93,9 @@ class Predictor(nn.Module):
         if noise is None:
             found = table[patches]
         elif self.stop.covariance == "tied":
-            found = stochastic_positions(table, patches, noise, self.embed.weight, self.stop.std)
+            found = stochastic_positions(table, patches, noise, self.embed.weight)
         else:
-            found = stochastic_positions(table, patches, noise, None, self.stop.std)
+            found = stochastic_positions(table, patches, noise, None)
         return found + self.embed.bias if bias else found
 
     def forward(
@@ -108,7 +109,7 @@ class Predictor(nn.Module):
         """Predictions `[T·E·B, Nt, width]`; rows run over target blocks, then context blocks, then images.
 
         `tokens` `[E·B, Nc, width]` are the encoder's at `context` `[E, B, Nc]`; `targets` is `[T, B, Nt]`, `noise`
-        `[T, E·B, Nt, noise_width]` and `context_noise` `[E·B, Nc, noise_width]`, standard normal.
+        `[T, E·B, Nt, noise_width]` and `context_noise` `[E·B, Nc, noise_width]`, normal with `stop.std`.
         """
         blocks, contexts = targets.shape[0], context.shape[0]
         if noise is not None:
@@ -128,7 +129,7 @@ class Jepa(Method):
     """I-JEPA: predict the teacher's features of target blocks from a context block; StoP where `stop` says so.
 
     `pairing="published"` keeps the released code's mismatch of predictions and targets for two or more context
-    blocks.
+    blocks. `kernels` (auto, reference or triton) is what draws the noise; another raises ValueError.
     """
 
     def __init__(
@@ -142,16 +143,23 @@ class Jepa(Method):
         teacher_layers: int = 1,
         pairing: str = "paired",
         compute_dtype: torch.dtype = torch.float32,
+        kernels: str = "auto",
     ):
         super().__init__(encoder, mean, std, compute_dtype)
+        dispatch.check(kernels)
         self.predictor = predictor
         self.teacher = copy.deepcopy(encoder).requires_grad_(False)
-        self.seed, self.teacher_layers, self.pairing = seed, teacher_layers, pairing
+        self.seed, self.teacher_layers, self.pairing, self.kernels = seed, teacher_layers, pairing, kernels
 
     @property
     def observed(self) -> Encoder:
         """The encoder that is probed and watched: the teacher."""
         return self.teacher
+
+    def kernel_choices(self, device: torch.device) -> dict[str, dispatch.Choice]:
+        found = super().kernel_choices(device)
+        drawn = self.predictor.stop.targets or self.predictor.stop.context
+        return found | {"noise": dispatch.choose_noise(self.kernels, device)} if drawn else found
 
     def objective(self, batch: MaskedBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of a batch (a float32 scalar) and detached scalars to log."""
@@ -164,14 +172,22 @@ class Jepa(Method):
         return loss, {"target_std": features.detach().float().flatten(0, 1).std(dim=0).mean()}
 
     def keyed_noise(self, batch: MaskedBatch) -> tuple[Tensor | None, Tensor | None]:
-        """Noise for targets `[T, E·B, Nt, K]` and context `[E·B, Nc, K]`, keyed by sample; None where unused."""
+        """Noise for targets `[T, E·B, Nt, K]` and context `[E·B, Nc, K]`, keyed by sample; None where unused.
+
+        Its standard deviation is `predictor.stop.std`, and its type that of the projection.
+        """
         stop, context, targets = self.predictor.stop, batch.context, batch.targets
         assert context is not None and targets is not None
         (contexts, images, _), blocks = context.shape, targets.shape[0]
+        # A fixed covariance is added to the float32 table as it is.
+        dtype = self.compute_dtype if stop.covariance == "tied" else torch.float32
 
         def draw(shape: tuple[int, ...], block: Tensor, patches: Tensor) -> Tensor:
             epochs, ids = (each.expand(shape).flatten() for each in (batch.epochs, batch.sample_ids))
-            return position_noise(self.seed, epochs, ids, block.flatten(), patches, self.predictor.noise_width)
+            return position_noise(
+                self.seed, epochs, ids, block.flatten(), patches, self.predictor.noise_width,
+                scale=stop.std, dtype=dtype, kernels=self.kernels,
+            )  # fmt: skip
 
         noise = context_noise = None
         if stop.targets:

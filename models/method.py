@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..kernels.dispatch import Choice
 from .vit import Encoder
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -43,6 +44,10 @@ class Method(nn.Module):
     def stacks(self) -> dict[str, nn.ModuleList]:
         """The transformer blocks of every part, by its name; frozen parts (a teacher) among them."""
         return {name: part.blocks for name, part in self.named_children() if hasattr(part, "blocks")}  # pyright: ignore
+
+    def kernel_choices(self, device: torch.device) -> dict[str, Choice]:
+        """What computes each hot path on `device`, by its name; ValueError where its `kernels` cannot be had there."""
+        return {}
 
     def autocast(self) -> torch.autocast:
         """The context in which this method computes."""

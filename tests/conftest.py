@@ -9,6 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+# Triton decides when it is imported how kernels are defined: without a GPU they shall run on the CPU, in Python.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from elsewhere.launch.optim import Freeze, Schedules, mae_first_counter
 
 GOLDEN = Path(os.environ.get("ELSEWHERE_GOLDEN", Path(__file__).parent / "golden"))

@@ -195,7 +195,7 @@ def test_which_blocks_of_a_stack_are_recomputed(make, policy, recomputed):
 @pytest.mark.parametrize("policy", POLICIES)
 def test_noise_is_drawn_once(make, monkeypatch, policy):
     draws, draw = [], jepa.position_noise
-    monkeypatch.setattr(jepa, "position_noise", lambda *args: draws.append(0) or draw(*args))
+    monkeypatch.setattr(jepa, "position_noise", lambda *args, **named: draws.append(0) or draw(*args, **named))
     case = make("stop")
     checkpoint_activations(case.method, policy)
     case.loss().backward()

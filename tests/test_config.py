@@ -334,7 +334,7 @@ def test_settings_that_change_the_result(override):
     "override",
     [
         "loader.workers=3", "loader.micro_batch=2", "loader.prefetch=5", "loader.augment=device",
-        "engine.precision=bfloat16", "run.dir=x",
+        "engine.precision=bfloat16", "run.dir=x", "kernels=reference",
         "checkpoint.every_steps=3", "monitor.log_every=1", "probe.every_epochs=1", "engine.device=cpu", "about=x",
         "data.path=/elsewhere", "data.val_path=/elsewhere", "data.on_error=skip", "data.source=shards",
     ],
@@ -346,7 +346,7 @@ def test_settings_that_do_not_change_the_result(override):
 
 
 def test_every_section_is_on_one_side():
-    efficiency = {"about", "engine", "loader", "checkpoint", "monitor", "probe", "run"}
+    efficiency = {"about", "kernels", "engine", "loader", "checkpoint", "monitor", "probe", "run"}
     assert set(Config.model_fields) == efficiency | set(module.RESULT_SECTIONS)
 
 

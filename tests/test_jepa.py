@@ -173,7 +173,7 @@ def predictions(predictor, batch, noise=None):
 @pytest.mark.parametrize("covariance", ["tied", "fixed"])
 def test_std_zero_is_no_noise(covariance):
     batch, predictor = make_batch(), make_predictor(Stop("targets", 0.0, covariance))
-    noise = torch.randn(3, 4, 3, predictor.noise_width)
+    noise, _ = make_method(predictor.stop).keyed_noise(batch)
     torch.testing.assert_close(predictions(predictor, batch, noise), predictions(make_predictor(), batch))
 
 
@@ -214,14 +214,23 @@ def test_published_pairing_differs_with_two_contexts_of_two_images(contexts, ima
 
 
 def test_keyed_noise_of_a_row_is_that_of_its_sample_block_and_patches():
-    method, batch = make_method(Stop("both")), make_batch(contexts=2)
+    method, batch = make_method(Stop("both"), kernels="reference"), make_batch(contexts=2)
     noise, context_noise = method.keyed_noise(batch)
     for t, e, i in itertools.product(range(3), range(2), range(4)):
         key = method.seed, batch.epochs[i : i + 1], batch.sample_ids[i : i + 1]
-        alone = position_noise(*key, torch.tensor([t + 3 * e]), batch.targets[t, i][None], ENCODER.width)
+        alone = 0.25 * position_noise(*key, torch.tensor([t + 3 * e]), batch.targets[t, i][None], ENCODER.width)
         assert torch.equal(noise[t, 4 * e + i], alone[0]), f"target {t}, context {e}, image {i}"
-        alone = position_noise(*key, torch.tensor([2**15 + e]), batch.context[e, i][None], ENCODER.width)
+        alone = 0.25 * position_noise(*key, torch.tensor([2**15 + e]), batch.context[e, i][None], ENCODER.width)
         assert torch.equal(context_noise[4 * e + i], alone[0]), f"context {e}, image {i}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("covariance", ["tied", "fixed"])
+def test_noise_has_the_type_of_what_it_enters(covariance, dtype):
+    """A projection's under autocast; a fixed covariance is added to the float32 table."""
+    noise, context_noise = make_method(Stop("both", 0.25, covariance), compute_dtype=dtype).keyed_noise(make_batch())
+    expected = dtype if covariance == "tied" else torch.float32
+    assert (noise.dtype, context_noise.dtype) == (expected, expected)
 
 
 def test_noise_is_another_in_another_epoch():

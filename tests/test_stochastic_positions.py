@@ -101,9 +101,36 @@ def test_any_number_of_columns(columns):
     assert torch.equal(found, whole[..., :columns])
 
 
-def test_too_many_columns_for_the_counter_are_refused():
-    with pytest.raises(ValueError, match="at most 262,140 fit"):
-        draw(columns=2**18)
+@pytest.mark.parametrize("kernels", ["reference", "triton"])
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"patches": PATCHES[0]}, r"patches has to be \[R, N\], and is \[3\]"),
+        ({"patches": PATCHES.float()}, "patches has to hold integers, and is torch.float32"),
+        ({"epochs": torch.ones(5, dtype=torch.bool)}, "epochs has to hold integers, and is torch.bool"),
+        ({"sample_ids": IDS[:4]}, r"sample_ids has to be \[R\], and is \[4\] where patches is \[5, 3\]"),
+        ({"blocks": BLOCKS[:, None]}, r"blocks has to be \[R\], and is \[5, 1\] where patches is \[5, 3\]"),
+        ({"blocks": BLOCKS.to("meta")}, "blocks is on meta and patches on cpu; move one of them"),
+        ({"seed": 2**32}, "seed=4294967296 has more than 32 bits"),
+        ({"seed": -1}, "seed=-1 has more than 32 bits or is negative"),
+        ({"columns": 0}, "0 columns of noise: at least 1"),
+        ({"columns": 2**18}, "at most 262,140 fit the counter"),
+        ({"dtype": torch.float64}, "dtype=torch.float64 is not for noise"),
+        ({"kernels": "cuda"}, "kernels='cuda' is not known"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_does_not_fit_is_refused(changed, words, kernels):
+    given = {"seed": SEED, "epochs": IDS, "sample_ids": IDS, "blocks": BLOCKS, "patches": PATCHES, "columns": 8}
+    with pytest.raises(ValueError, match=words):
+        position_noise(**{**given, "kernels": kernels, **changed})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_noise_is_scaled_in_float32_and_rounded_once(dtype):
+    found = position_noise(SEED, IDS % 9, IDS, BLOCKS, PATCHES, COLUMNS, scale=0.2, dtype=dtype)
+    expected = position_noise(SEED, IDS % 9, IDS, BLOCKS, PATCHES, COLUMNS) * 0.2
+    assert torch.equal(found, expected.to(dtype))
 
 
 def test_noise_is_float32_and_bounded_by_its_23_bits():
@@ -172,11 +199,11 @@ def test_embedding_equals_the_formula(fixed, biased, dtype):
     for row in range(4):
         for place in range(3):
             moved = noise[row, place].numpy() if fixed else weight.numpy() @ noise[row, place].numpy()
-            expected[row, place] = table[patches[row, place]].numpy() + 0.25 * moved
+            expected[row, place] = table[patches[row, place]].numpy() + moved
             if biased and not fixed:
                 expected[row, place] += bias.numpy()
     args = [None if a is None else a.to(dtype) for a in (weight, bias if biased else None)]
-    found = stochastic_positions(table.to(dtype), patches, noise.to(dtype), args[0], 0.25, args[1])
+    found = stochastic_positions(table.to(dtype), patches, noise.to(dtype), *args)
     assert np.abs(found.numpy() - expected).max() < (1e-12 if dtype == torch.float64 else 1e-5)
 
 
@@ -186,11 +213,11 @@ def test_embedding_gradients(fixed):
     leaves = [t.requires_grad_() for t in (table, weight, bias) if t is not None]
 
     def embed(table, weight=None, bias=None):
-        return stochastic_positions(table, patches, noise, weight, 0.25, bias)
+        return stochastic_positions(table, patches, noise, weight, bias)
 
     assert torch.autograd.gradcheck(embed, leaves)
 
 
-def test_no_std_leaves_the_position_alone():
+def test_no_noise_leaves_the_position_alone():
     table, patches, noise, weight, _ = embedding(fixed=False)
-    assert torch.equal(stochastic_positions(table, patches, noise, weight, 0.0), table[patches])
+    assert torch.equal(stochastic_positions(table, patches, 0 * noise, weight), table[patches])
