@@ -1,246 +1,302 @@
-"""Attention with relative-position terms in plain PyTorch, in two forms (iRPE, Wu et al., ICCV 2021; AdPE).
+"""Attention with a relative table on keys as one operator: Triton kernels where they fit, the references elsewhere.
 
-A term looks up column `index[i, j]` of a table for query position i and key position j. Both forms give the same
-numbers and differ in what they multiply:
-
-    gather   all columns of the table at once, then pick one per (i, j)
-    dense    the L columns that a position looks up, one product per position over batch and heads, some positions
-             at a time; the backward lays the columns out again
-
-Attacked rows use another table: `[x·r, x·(1-r)]` against both tables stacked is one product of twice the depth.
+The gradient of every input comes from kernels, too; a table's is a sum in a fixed order.
 """
+
+# What pyright sees of a kernel is the Python function, not what @triton.jit makes of it.
+# pyright: reportCallIssue=false
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import contextlib
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-FORMS = ("gather", "dense")
-# Numbers of a table laid out for one chunk of positions: what stays in each core's cache, or little of a GPU's memory.
-_CPU_CHUNK, _GPU_CHUNK = 1 << 19, 1 << 27
+from .relative_lookup import BLOCK, Lookup
+from .relative_reference import attention, choose_form, relative_bias
+
+_KINDS = (torch.float16, torch.bfloat16, torch.float32)
+HEAD_DIMS = (24, 32, 64, 80)
 
 
-def _float(x: Tensor) -> Tensor:
-    """`x` in at least float32, to add many numbers up in."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+def unsupported(lookup: Lookup, head_dim: int, dtype: torch.dtype, attacked: bool = False) -> str | None:
+    """Why the Triton kernels do not take this attention, or None where they do."""
+    if lookup.unsupported is not None:
+        return lookup.unsupported
+    if head_dim not in HEAD_DIMS:
+        return f"heads of {head_dim}, the kernels know {', '.join(map(str, HEAD_DIMS))}"
+    if dtype not in _KINDS:
+        return f"{str(dtype).removeprefix('torch.')} tokens"
+    if dtype == torch.float32 and head_dim > 64 and lookup.tiles > 1:
+        return f"float32 heads of {head_dim} for more than {BLOCK} patches, which no GPU's shared memory holds"
+    if attacked and lookup.tiles > 1:
+        return f"a second table for more than {BLOCK} patches"
+    return None
 
 
-def _by_position(x: Tensor, groups: int) -> Tensor:
-    """`[B, H, L, n]` as `[L·G, B·H/G, n]`, one matrix per position and table."""
-    batch, heads, length, depth = x.shape
-    x = x.unflatten(1, (groups, heads // groups)).permute(3, 1, 0, 2, 4)
-    return x.reshape(length * groups, batch * heads // groups, depth)
-
-
-def _by_head(x: Tensor, batch: int, heads: int, groups: int) -> Tensor:
-    """What `_by_position` arranged, `[L·G, B·H/G, n]`, back as `[B, H, L, n]`."""
-    x = x.unflatten(1, (batch, heads // groups)).unflatten(0, (-1, groups))
-    return x.permute(2, 1, 3, 0, 4).flatten(1, 2)
-
-
-@torch.compiler.assume_constant_result
-def _chunk_numbers(device_type: str) -> int:
-    return _CPU_CHUNK * torch.get_num_threads() if device_type == "cpu" else _GPU_CHUNK
-
-
-def _chunks(table: Tensor, index: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """For chunks of positions: where their matrices are, and the rows of `[G·C, d]` they look up, `[n·G, L]`.
-
-    A whole table laid out, `[L·G, L, d]`, would be far larger than all that is kept for the backward.
-    """
-    groups, rows, depth = table.shape
-    starts = torch.arange(groups, device=index.device)[:, None] * rows
-    step = max(1, _chunk_numbers(table.device.type) // (groups * index.shape[1] * depth))
-    for start in range(0, index.shape[0], step):
-        part = (index[start : start + step, None] + starts).flatten(0, 1)
-        yield slice(start * groups, start * groups + part.shape[0]), part
-
-
-class _Columns:
-    """The rows `[n·G, L, d]` that a chunk looks up in a table `[G, C, d]`, always in the same memory."""
-
-    def __init__(self, table: Tensor, dtype: torch.dtype):
-        self.rows, self.kept = table.to(dtype).reshape(-1, table.shape[2]), None
-
-    def __call__(self, part: Tensor) -> Tensor:
-        if self.kept is None:  # the first chunk is the largest
-            self.kept = self.rows.new_empty(part.numel(), self.rows.shape[1])
-        torch.index_select(self.rows, 0, part.flatten(), out=self.kept[: part.numel()])
-        return self.kept[: part.numel()].view(*part.shape, -1)
-
-
-def _against_columns(x: Tensor, table: Tensor, index: Tensor) -> Tensor:
-    """`x` `[L·G, m, d]` by the rows that each position looks up: `[L·G, m, L]`."""
-    out, columns = x.new_empty(*x.shape[:2], index.shape[1]), _Columns(table, x.dtype)
-    for at, part in _chunks(table, index):
-        torch.bmm(x[at], columns(part).transpose(1, 2), out=out[at])
-    return out
-
-
-def _over_columns(p: Tensor, table: Tensor, index: Tensor) -> Tensor:
-    """Sums of the rows that each position looks up, weighted by `p` `[L·G, m, L]`: `[L·G, m, d]`."""
-    out, columns = p.new_empty(*p.shape[:2], table.shape[2]), _Columns(table, p.dtype)
-    for at, part in _chunks(table, index):
-        torch.bmm(p[at], columns(part), out=out[at])
-    return out
-
-
-def _table_gradient(p: Tensor, x: Tensor, table: Tensor, index: Tensor) -> Tensor:
-    """Σ over positions and j of `p[…, j]ᵀ x` into the row looked up, `[G, C, d]`, in a fixed order."""
-    total, kept = table.new_zeros(table.shape[0] * table.shape[1], table.shape[2]), None
-    for at, part in _chunks(table, index):
-        if kept is None:
-            kept = x.new_empty(*part.shape, x.shape[2])
-        outer = torch.bmm(p[at].transpose(1, 2), x[at], out=kept[: part.shape[0]]).to(table.dtype)
-        # Indexing's own backward adds with atomics on a GPU, that of an embedding does not.
-        total += torch.ops.aten.embedding_dense_backward(outer, part, total.shape[0], -1, False)
-    return total.view_as(table)
-
-
-class _DenseBias(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, table: Tensor, index: Tensor) -> Tensor:
-        ctx.save_for_backward(x, table, index)
-        return _against_columns(x, table, index)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        x, table, index = ctx.saved_tensors
-        gradient = gradient.contiguous()
-        for_table = _table_gradient(gradient, x, table, index) if ctx.needs_input_grad[1] else None
-        return _over_columns(gradient, table, index), for_table, None
-
-
-class _DenseValues(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, p: Tensor, table: Tensor, index: Tensor) -> Tensor:
-        ctx.save_for_backward(p, table, index)
-        return _over_columns(p, table, index)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        p, table, index = ctx.saved_tensors
-        for_table = _table_gradient(p, gradient, table, index) if ctx.needs_input_grad[1] else None
-        return _against_columns(gradient, table, index), for_table, None
-
-
-def _by_table(x: Tensor, groups: int) -> Tensor:
-    """`[B, H, L, n]` as `[G, H/G·B·L, n]`, one matrix per table."""
-    return x.transpose(0, 1).reshape(groups, -1, x.shape[-1])
-
-
-def _flat(index: Tensor, columns: int) -> Tensor:
-    """`index` `[L, L]` into rows of `columns` entries, as an index `[L·L]` into all rows one after another."""
-    starts = torch.arange(index.shape[0], device=index.device)[:, None] * columns
-    return (index + starts).flatten()
-
-
-def _check(form: str, attacked: Tensor | None, rows: Tensor | None) -> None:
-    if form not in FORMS:
-        raise ValueError(f"form={form!r} is not known; choose one of {', '.join(FORMS)}.")
-    assert (attacked is None) == (rows is None), "an attacked table and its rows come together"
-
-
-def relative_bias(
-    x: Tensor,
-    table: Tensor,
-    index: Tensor,
-    form: str,
-    attacked: Tensor | None = None,
-    rows: Tensor | None = None,
-) -> Tensor:
-    """The logits' relative term, `bias[b, h, i, j] = x[b, h, i] · table[h or 0, :, index[i, j]]`, `[B, H, L, L]`.
-
-    `x` is `[B, H, L, d]`, `table` `[G, d, C]` with G 1 (shared) or H, `index` `[L, L]` int64. Where `rows` `[B, L]`
-    is 1, `attacked` `[G, d, C]` is used in the place of `table`. Raises ValueError for an unknown form.
-    """
-    _check(form, attacked, rows)
-    batch, heads, length, _ = x.shape
-    groups, _, columns = table.shape
-    arrange = _by_position if form == "dense" else _by_table
-    x = arrange(x, groups)
-    if attacked is not None and rows is not None:
-        rows = rows.to(x.dtype)
-        chosen = torch.stack([rows, 1 - rows], dim=-1)[:, None].expand(batch, heads, length, 2)
-        x = (x[..., None, :] * arrange(chosen, groups)[..., None]).flatten(-2)
-        table = torch.cat([attacked, table], dim=1)
-    if form == "dense":
-        # Whole rows are quicker to copy than columns.
-        bias = _DenseBias.apply(x, table.transpose(1, 2).contiguous(), index)
-        return _by_head(bias, batch, heads, groups)  # pyright: ignore
-    products = torch.bmm(x, table.to(x.dtype))
-    picked = products.view(heads, batch, -1).index_select(2, _flat(index, columns))
-    return picked.view(heads, batch, length, length).transpose(0, 1)
-
-
-def relative_values(
-    p: Tensor,
-    table: Tensor,
-    index: Tensor,
-    form: str,
-    attacked: Tensor | None = None,
-    rows: Tensor | None = None,
-) -> Tensor:
-    """The values' relative term, `out[b, h, i] = Σ_j p[b, h, i, j] · table[h or 0, index[i, j]]`, `[B, H, L, d]`.
-
-    `p` is `[B, H, L, L]`, `table` `[G, C, d]` with G 1 (shared) or H, `index` `[L, L]` int64. Where `rows` `[B, L]`
-    is 1, `attacked` `[G, C, d]` is used in the place of `table`. Raises ValueError for an unknown form.
-    """
-    _check(form, attacked, rows)
-    batch, heads, length, _ = p.shape
-    # Both tables side by side, so that the probabilities are kept once.
-    both = table if attacked is None else torch.cat([attacked, table], dim=2)
-    groups, columns, _ = both.shape
-    if form == "dense":
-        out = _DenseValues.apply(_by_position(p, groups), both, index)
-        out = _by_head(out, batch, heads, groups)  # pyright: ignore
-    else:
-        sums = _float(p).new_zeros(heads, batch, length * columns)
-        sums = sums.index_add(2, _flat(index, columns), _float(p).transpose(0, 1).reshape(heads, batch, -1))
-        out = torch.bmm(sums.view(groups, -1, columns).to(p.dtype), both.to(p.dtype))
-        out = out.view(heads, batch, length, -1).transpose(0, 1)
-    if rows is None:
-        return out
-    kept = rows.to(out.dtype)[:, None, :, None]
-    ours, others = out.chunk(2, dim=-1)
-    return ours * kept + others * (1 - kept)
+def _check(qkv: Tensor, lookup: Lookup, tables: dict[str, Tensor | None], masked: Tensor | None) -> None:
+    length = len(lookup.index)
+    if qkv.ndim != 5 or qkv.shape[1:3] != (length, 3):
+        raise ValueError(f"qkv: expected [B, {length}, 3, H, d], given {list(qkv.shape)}.")
+    if not qkv.is_floating_point():
+        raise ValueError(f"qkv: expected floating-point numbers, given {qkv.dtype}.")
+    batch, _, _, heads, depth = qkv.shape
+    for name, given in tables.items():
+        if given is None:
+            continue
+        wanted = (depth,) if name == "added" else (depth, lookup.columns)
+        if given.shape[1:] != wanted or given.shape[0] not in (1, heads):
+            text = ", ".join(map(str, wanted))
+            raise ValueError(f"{name}: expected [1, {text}] or [{heads}, {text}], given {list(given.shape)}.")
+        table = tables["table"]
+        assert table is not None
+        if len(given) != len(table):
+            raise ValueError(f"{name}: expected {len(table)} tables as in table, given {len(given)}.")
+        if not given.is_floating_point():
+            raise ValueError(f"{name}: expected floating-point numbers, given {given.dtype}.")
+    if (tables["attacked"] is not None or tables["added"] is not None) != (masked is not None):
+        raise ValueError("masked: expected together with attacked or added, and only then.")
+    if masked is not None and masked.shape != (batch, length):
+        raise ValueError(f"masked: expected [{batch}, {length}], given {list(masked.shape)}.")
+    for name, given in {**tables, "masked": masked, "index": lookup.index}.items():
+        if given is not None and given.device != qkv.device:
+            raise ValueError(f"{name}: expected on {qkv.device}, the device of qkv, given {given.device}.")
 
 
 def relative_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    qkv: Tensor,
+    table: Tensor,
+    lookup: Lookup,
     scale: float,
-    bias: Tensor | None = None,
-    value_term: Callable[[Tensor], Tensor] | None = None,
+    *,
+    masked: Tensor | None = None,
+    attacked: Tensor | None = None,
+    added: Tensor | None = None,
+    operator: str = "reference",
+    form: str | None = None,
 ) -> Tensor:
-    """`p = softmax(scale · q kᵀ + bias)`, then `p v + value_term(p)`, `[B, H, L, d]`.
+    """`softmax(scale · q kᵀ + q · table[index]) v`, `[B, L, H, d]` (iRPE, AdPE).
 
-    `q`, `k` and `v` are `[B, H, L, d]`, `bias` broadcasts to `[B, H, L, L]`; `value_term` is given the probabilities.
+    `qkv` is the packed projection `[B, L, 3, H, d]`, `table` `[G, d, C]` with G 1 (shared) or H. Where `masked`
+    `[B, L]` is not 0, which a prefix token never is, queries look up `attacked` `[G, d, C]` in the place of `table`,
+    and `added` `[G, d]` is added to keys. `operator` is `triton` or `reference`, `form` one of the reference's. Raises
+    ValueError for wrong shapes, types and devices, and where the Triton kernels do not take what they are given.
     """
-    bias = None if bias is None else bias.to(q.dtype)
-    if value_term is None:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
-    logits = (q * scale) @ k.transpose(-2, -1)
-    # Autocast would give float32 probabilities and then cast them once for each product.
-    p = (logits if bias is None else logits + bias).softmax(dim=-1).to(v.dtype)
-    return p @ v + value_term(p)
+    _check(qkv, lookup, {"table": table, "attacked": attacked, "added": added}, masked)
+    if masked is not None:
+        masked = F.pad(masked[:, lookup.prefix :] != 0, (lookup.prefix, 0))
+    if operator == "reference":
+        return _reference(qkv, table, lookup, scale, masked, attacked, added, form)
+    if operator != "triton":
+        raise ValueError(f"operator={operator!r} is not known; choose triton or reference.")
+    why = unsupported(lookup, qkv.shape[-1], qkv.dtype, attacked is not None)
+    if why is not None:
+        raise ValueError(f"The Triton kernels for relative attention do not take {why}; use operator='reference'.")
+    assert lookup.pairs is not None and lookup.sums is not None
+    shape = [lookup.prefix, lookup.first]
+    marks = None if masked is None else masked.to(torch.uint8)
+    out, _ = torch.ops.elsewhere.relative_attention(
+        qkv.contiguous(), _whole(table), lookup.pairs, lookup.sums, marks, _whole(attacked), _whole(added), shape, scale
+    )
+    return out
 
 
-def choose_form(device: torch.device, length: int, columns: int, groups: int = 1) -> str:
-    """The faster form for `length` tokens and `groups` tables of `columns` columns (docs/benchmarks).
+def _whole(table: Any) -> Any:
+    return None if table is None else table.float().contiguous()
 
-    On a CPU dense pays where a position looks up fewer columns than the table has, as interpolated tables do, and
-    where heads share the table: one per head is as large, laid out, as all the logits. On a GPU it is always dense,
-    whose sums have a fixed order; the choice was not measured there.
-    """
-    if device.type != "cpu":
-        return "dense"
-    return "dense" if groups == 1 and 32 <= length < columns else "gather"
+
+def _reference(
+    qkv: Tensor,
+    table: Tensor,
+    lookup: Lookup,
+    scale: float,
+    masked: Tensor | None,
+    attacked: Tensor | None,
+    added: Tensor | None,
+    form: str | None,
+) -> Tensor:
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    form = form or choose_form(qkv.device, len(lookup.index), table.shape[2], table.shape[0])
+    rows = masked if attacked is not None else None
+    with torch.autocast(qkv.device.type, enabled=False):
+        bias = relative_bias(q, table, lookup.index, form, attacked, rows)
+    if added is not None and masked is not None:
+        k = k + masked.to(k.dtype)[:, None, :, None] * added.to(k.dtype)[:, None]
+    return attention(q, k, v, scale, bias).transpose(1, 2)
+
+
+# Programs among which the images are divided for a table's gradient.
+_SHARES = 32
+
+
+def _warps(tiles: int, chunks: int, depth: int, dtype: torch.dtype) -> int:
+    """Warps of a forward's program: the fewest without spills; not measured on a GPU."""
+    return 8 if tiles > 1 or chunks > 1 or depth > 64 or dtype == torch.float32 else 4
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager:
+    """Triton launches on the current GPU, whatever its tensors' is."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _constants(qkv: Tensor, first: int) -> dict[str, Any]:
+    depth = qkv.shape[-1]
+    return {
+        "FIRST": first,
+        "D": depth,
+        "BLOCK": BLOCK,
+        "BLOCK_D": max(16, 1 << (depth - 1).bit_length()),
+        "COLUMNS": 64,
+        "UPCAST": qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16,
+        "num_stages": 1,
+        "enable_fp_fusion": True,
+    }
+
+
+@torch.library.custom_op("elsewhere::relative_attention", mutates_args=())
+def _forward(
+    qkv: Tensor,
+    table: Tensor,
+    pairs: Tensor,
+    sums: Tensor,
+    masked: Tensor | None,
+    attacked: Tensor | None,
+    added: Tensor | None,
+    shape: list[int],
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    from .triton_relative import forward_kernel
+
+    batch, length, _, heads, depth = qkv.shape
+    out = qkv.new_empty(batch, length, heads, depth)
+    lse = qkv.new_empty(batch, heads, length, dtype=torch.float32)
+    tiles, chunks = pairs.shape[1] // BLOCK, _chunks(sums)
+    programs = tiles + shape[1] if tiles > 1 else 1
+    with _on(qkv.device):
+        forward_kernel[(batch * heads * programs,)](
+            qkv, table, _or(attacked, table), _or(added, table), _or(masked, pairs), pairs[0], out, lse, scale,
+            *qkv.stride()[:4], *out.stride()[:3], table.stride(0) if len(table) > 1 else 0, table.shape[2], length,
+            heads, TILES=tiles, ATTACKED=attacked is not None, ADDED=added is not None, CHUNKS=chunks,
+            **_constants(qkv, shape[1]), num_warps=_warps(tiles, chunks, depth, qkv.dtype),
+        )  # fmt: skip
+    return out, lse
+
+
+def _chunks(sums: Tensor) -> int:
+    """Chunks of 64 columns that the kernels go through; several have the one map of `Lookup.sums`."""
+    return len(sums) if sums.ndim == 3 else 1
+
+
+def _or(given: Tensor | None, other: Tensor) -> Tensor:
+    return other if given is None else given
+
+
+@_forward.register_fake
+def _(qkv, table, pairs, sums, masked, attacked, added, shape, scale):
+    batch, length, _, heads, depth = qkv.shape
+    return qkv.new_empty(batch, length, heads, depth), qkv.new_empty(batch, heads, length, dtype=torch.float32)
+
+
+@torch.library.custom_op("elsewhere::relative_attention_backward", mutates_args=())
+def _backward(
+    gradient: Tensor,
+    qkv: Tensor,
+    table: Tensor,
+    pairs: Tensor,
+    sums: Tensor,
+    masked: Tensor | None,
+    attacked: Tensor | None,
+    added: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    shape: list[int],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of qkv, table, attacked and added; empty where there is no such table."""
+    from .triton_relative_backward import backward_kernel
+    from .triton_relative_long import key_gradient_kernel, query_gradient_kernel
+
+    batch, length, _, heads, _ = qkv.shape
+    first, columns = shape[1], table.shape[2]
+    gradient, grad_qkv = gradient.contiguous(), torch.empty_like(qkv)
+    constants = _constants(qkv, first) | {"num_warps": 8}  # the fewest without spills; not measured on a GPU
+    strides = (*qkv.stride()[:4], *out.stride()[:3], table.stride(0) if len(table) > 1 else 0, columns, length)
+    tiles, chunks = pairs.shape[1] // BLOCK, _chunks(sums)
+    by_column = qkv.new_empty(batch, length - first, heads, chunks * 64)
+    marks, vector = _or(masked, pairs), _or(added, table)
+    with _on(qkv.device):
+        if tiles == 1:
+            backward_kernel[(batch * heads,)](
+                qkv, table, _or(attacked, table), vector, marks, pairs[0], sums, gradient, lse, grad_qkv, by_column,
+                scale, *strides, heads, PREFIX=shape[0], CHUNKS=chunks, ATTACKED=attacked is not None,
+                ADDED=added is not None, ONE_KEY=chunks > 1, **constants,
+            )  # fmt: skip
+        else:
+            delta, grid = torch.empty_like(lse), (batch * heads * (tiles + first),)
+            query_gradient_kernel[grid](
+                qkv, table, vector, marks, pairs[0], sums, out, gradient, lse, delta, grad_qkv, by_column, scale,
+                *strides, heads, TILES=tiles, ADDED=added is not None, **constants,
+            )  # fmt: skip
+            key_gradient_kernel[grid](
+                qkv, table, vector, marks, pairs[1], gradient, lse, delta, grad_qkv, scale, *strides, heads,
+                TILES=tiles, ADDED=added is not None, **constants,
+            )  # fmt: skip
+        rows = ("unmarked", "marked") if attacked is not None else ("all",)
+        found = [_table_gradient(qkv, marks, by_column, tiles, chunks, first, which) for which in rows]
+    found = [each if len(table) > 1 else each.sum(0, keepdim=True) for each in found]
+    for_tables = [(each[..., :columns] / scale).contiguous() for each in found]
+    for_attacked, for_added = table.new_empty(0), table.new_empty(0)
+    if attacked is not None:
+        for_attacked = for_tables[1]
+    if added is not None and masked is not None:
+        moved = grad_qkv[:, :, 1] * masked[..., None, None].to(qkv.dtype)
+        for_added = moved.sum(dim=(0, 1) if len(added) > 1 else (0, 1, 2), dtype=torch.float32).view_as(added)
+    return grad_qkv, for_tables[0], for_attacked, for_added
+
+
+def _table_gradient(
+    qkv: Tensor, marks: Tensor, by_column: Tensor, tiles: int, chunks: int, first: int, rows: str
+) -> Tensor:
+    """Queries by their sums by column, `[H, d, n]` float32, over all queries or those that are marked or not."""
+    from .triton_relative_table import table_gradient_kernel
+
+    batch, length, _, heads, depth = qkv.shape
+    shares = min(batch, _SHARES)
+    partial = qkv.new_empty(shares, heads, depth, chunks * 64, dtype=torch.float32)
+    stride_b, stride_l, _, stride_h = qkv.stride()[:4]
+    table_gradient_kernel[(shares, heads, chunks)](
+        qkv, marks, by_column, partial, stride_b, stride_l, stride_h, length, batch, heads,
+        TILES=tiles, CHUNKS=chunks, ROWS=rows, **_constants(qkv, first), num_warps=4,
+    )  # fmt: skip
+    return partial.sum(0)
+
+
+@_backward.register_fake
+def _(gradient, qkv, table, pairs, sums, masked, attacked, added, out, lse, shape, scale):
+    return (
+        torch.empty_like(qkv),
+        torch.empty_like(table),
+        table.new_empty(0 if attacked is None else attacked.shape),
+        table.new_empty(0 if added is None else added.shape),
+    )
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.shape, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _differentiate(ctx: Any, gradient: Tensor, _: Any) -> tuple:
+    *inputs, out, lse = ctx.saved_tensors
+    attacked, added = inputs[5:7]
+    found = torch.ops.elsewhere.relative_attention_backward(gradient, *inputs, out, lse, ctx.shape, ctx.scale)
+    for_qkv, for_table, for_attacked, for_added = found
+    for_attacked = None if attacked is None else for_attacked
+    return for_qkv, for_table, None, None, None, for_attacked, None if added is None else for_added, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)

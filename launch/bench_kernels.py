@@ -1,148 +1,325 @@
-"""What the forms of the kernels cost on this machine, side by side in one run."""
+"""What the operators of the hot paths cost on this device, beside their references, FlexAttention and a ceiling."""
 
 from __future__ import annotations
 
-import datetime
+import json
+import os
 import platform
+import re
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Sequence
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from ..kernels.relative_attention import FORMS, choose_form
-from ..models.relative import Relative, RelativeAttack, RelativeTable
+from ..kernels.dispatch import interpreted, triton_missing
+from .bench_cases import VARIANTS, Case, Inputs, cases, known
+from .bench_clock import Clock
+from .errors import UserError
 
-# Images, heads, patches on a side, head dimension: small batches, so that a CPU takes milliseconds.
-SHAPES = (
-    (8, 12, 7, 64),
-    (8, 16, 7, 32),
-    (4, 12, 8, 64),
-    (4, 16, 8, 32),
-    (2, 12, 14, 64),
-    (2, 16, 14, 32),
-    (8, 12, 14, 64),
+_WARM_UP, _LEAST = 2, 5  # rounds that do not count, and that do
+# What a variant may be off by, relative to the reference's norm: above rounding, below what a wrong kernel gives.
+_TOLERANCE = {torch.bfloat16: 0.05, torch.float16: 0.02, torch.float32: 2e-3}
+_CPU_NOTE = (
+    "This is a CPU, with one thread and few images: Triton's kernels are not timed here, and FlexAttention has no CPU "
+    "backward."
 )
-_GPU_BATCHES = 32  # a GPU gets so many times these images
-# Term, lookup, attack and whether heads share the table.
-_SETTINGS = {
-    "hard": ("k", "hard", False, True),
-    "interpolated": ("k", "interpolated", False, True),
-    "attack": ("k", "interpolated", True, True),
-    "hard, per head": ("k", "hard", False, False),
-    "attack, per head": ("k", "interpolated", True, False),
-    "hard, values": ("v", "hard", False, True),
-    "attack, values": ("v", "interpolated", True, True),
-}
+_GPU_ONLY = ("triton", "flex")
+_HEADER = ("path", "shape", "setting", "pass", "variant", "ms", "% floor", "ratio", "peak MiB", "error")
+_WIDTHS = (9, 15, 10, 8, 9, 9, 7, 6, 8, 7)
 
 
-def _machine(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, CPU time of one thread"
+def _gradients(out: Tensor, inputs: Inputs, all_used: bool = False) -> tuple[Tensor, ...]:
+    """Gradients of the inputs that have one; without `all_used`, None of those that a variant makes no use of."""
+    return torch.autograd.grad(out, inputs.leaves, inputs.gradient, allow_unused=not all_used)
 
 
-def _term(setting: str, shape: tuple[int, int, int, int], device: torch.device) -> tuple[RelativeTable, Callable]:
-    """A table of a setting with random values, and its term's forward and backward as a function."""
-    term, lookup, attacked, shared = _SETTINGS[setting]
-    batch, heads, side, depth = shape
-    grid, length = (side, side), 1 + side**2
-    table = RelativeTable(Relative(terms=term, lookup=lookup, shared=shared), term, heads, depth).to(device)
-    torch.nn.init.normal_(table.table, std=0.1)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    tokens = torch.randn(batch, length, 3, heads, depth, device=device, dtype=dtype)
-    queries = tokens[:, :, 0].transpose(1, 2).requires_grad_()  # as a packed projection gives them
-    square = torch.randn(batch, heads, length, length, device=device, dtype=dtype)
-    probabilities = square.softmax(dim=-1).requires_grad_()
-    attack = None
-    if attacked:
-        masked = (torch.rand(batch, length, device=device) < 0.75).to(dtype)
-        masked[:, 0] = 0
-        attack = RelativeAttack(masked, shift=torch.tensor([0.3, -0.2], device=device, requires_grad=True))
-
-    def step() -> None:
-        if term == "v":
-            table.values(probabilities, grid, attack).backward(queries.detach())
-        else:
-            table.logits(queries, grid, attack, depth**-0.5).backward(square)
-
-    return table, step
+def _run(function: Callable[..., Tensor], inputs: Inputs, all_used: bool = False) -> list[Tensor]:
+    """The output of a variant and then the gradients of its inputs."""
+    out = function(**inputs.given)
+    return [out.detach(), *(_gradients(out, inputs, all_used) if inputs.leaves else ())]
 
 
-def _milliseconds(step: Callable[[], None], device: torch.device) -> tuple[float, float]:
-    """Time of one step, and on a GPU the most memory it took in MiB (otherwise 0)."""
-    if device.type != "cuda":
-        start = time.process_time()  # other processes on a shared machine do not count
-        step()
-        return (time.process_time() - start) * 1e3, 0.0
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    step()
-    torch.cuda.synchronize(device)
-    taken = (time.perf_counter() - start) * 1e3
-    return taken, (torch.cuda.max_memory_allocated(device) - before) / 2**20
+def relative_norm(found: Tensor, expected: Tensor) -> float:
+    """How far `found` is from `expected`, relative to the norm of the latter."""
+    expected = expected.detach().float()
+    return float((found.detach().float() - expected).norm() / expected.norm())
 
 
-def _measure(shape: tuple[int, int, int, int], setting: str, device: torch.device, seconds: float) -> dict:
-    """One row of `bench_relative`."""
-    table, step = _term(setting, shape, device)
-    times: dict[str, list[float]] = {form: [] for form in FORMS}
-    memory: dict[str, float] = {}
-    rounds, start = -1, time.perf_counter()  # the first round pays for caches
-    while rounds < 5 or time.perf_counter() - start < seconds:
-        for form in FORMS if rounds % 2 else FORMS[::-1]:
-            table.form = form
-            taken, memory[form] = _milliseconds(step, device)
-            if rounds >= 0:
-                times[form].append(taken)
-        rounds += 1
-    _, heads, side, _ = shape
-    columns = 50 if table.relative.lookup == "hard" else (2 * side - 1) ** 2 + 1
-    return {
-        "shape": shape,
-        "tokens": 1 + side**2,
-        "setting": setting,
-        "milliseconds": {form: statistics.median(times[form]) for form in FORMS},
-        "peak_mib": memory if device.type == "cuda" else None,
-        "chosen": choose_form(device, 1 + side**2, columns, 1 if table.relative.shared else heads),
-    }
+def compare(case: Case, name: str, small: Inputs, expected: Sequence[Tensor]) -> dict[str, float]:
+    """Relative norms of a variant's errors: that of its output for `forward`, its gradients' worst for `backward`."""
+    found = [relative_norm(*pair) for pair in zip(_run(case.variants[name], small, True), expected, strict=True)]
+    errors = {"forward": found[0]}
+    if found[1:]:
+        # max() of a list with NaN depends on their order.
+        errors["backward"] = max(found[1:], key=lambda error: float("inf") if error != error else error)
+    return errors
 
 
-def bench_relative(shapes: Sequence[tuple[int, int, int, int]] | None = None, seconds: float = 2.0) -> dict:
-    """Forward and backward of the relative term in both forms, for hard buckets and under the coordinate attack.
+def _check(case: Case, names: Sequence[str], dtype: torch.dtype) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
+    """Errors of the variants by pass, and the reasons of those that fail."""
+    errors, failures = {}, {}
+    small = case.draw(True)
+    expected = _run(case.expected, small.exact(), True)
+    for name in names:
+        try:
+            if name in case.unlike:
+                _run(case.variants[name], small)
+                continue
+            errors[name] = compare(case, name, small, expected)
+            for which, error in errors[name].items():
+                if not error <= _TOLERANCE[dtype]:  # so that NaN fails
+                    failures[name] = f"wrong {which}: off by {error:.2g} of the reference's norm"
+        except Exception as error:  # whatever a compiler, a driver or an operator raises: it is what there is to say
+            failures[name] = _reason(error)
+    return errors, failures
 
-    `shapes` are (images, heads, patches on a side, head dimension); `seconds` is spent on each shape and setting, in
-    rounds that run the forms one after the other and begin with another one each time. Uses a GPU where one is
-    visible, otherwise one thread. Returns `machine`, `torch`, `date` and `rows`, each with `shape`, `tokens`,
-    `setting`, medians in milliseconds and peak MiB (GPU only) by form, and the form `chosen` automatically.
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    text = f"{type(error).__name__}: {lines[0] if lines else ''}"
+    return text if len(text) <= 160 else text[:157] + "..."
+
+
+def _measure(
+    case: Case, names: Sequence[str], clock: Clock, seconds: float, failures: dict[str, str]
+) -> tuple[dict[tuple[str, str], list[float]], dict[tuple[str, str], int | None]]:
+    """Milliseconds of every round and peak bytes by variant and pass; adds to `failures`.
+
+    A round runs the variants one after the other, the next one the other way round, each on the next inputs.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if shapes is None:
-        scale = _GPU_BATCHES if device.type == "cuda" else 1
-        shapes = [(batch * scale, heads, side, depth) for batch, heads, side, depth in SHAPES]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    times: dict[tuple[str, str], list[float]] = {}
+    peaks: dict[tuple[str, str], int | None] = {}
+    left = [name for name in names if name not in failures]
+    if not left:
+        return times, peaks
+    inputs = [case.draw(False), case.draw(False)]
+    while sum(each.bytes for each in inputs) < 2 * clock.cache:
+        inputs.append(case.draw(False))
+    turn = 0
+
+    def following() -> Inputs:
+        nonlocal turn
+        turn += 1
+        return inputs[turn % len(inputs)]
+
+    def forward(name: str) -> float:
+        given = following().given
+        return clock.milliseconds(lambda: case.variants[name](**given))
+
+    def backward(name: str) -> float:
+        taken = following()
+        out = case.variants[name](**taken.given)
+        return clock.milliseconds(lambda: _gradients(out, taken))
+
+    def attempt(name: str, step: Callable[[str], Any]) -> Any:
+        try:
+            return step(name)
+        except Exception as error:  # out of memory, most of all
+            failures[name] = _reason(error)
+            left.remove(name)
+            return None
+
+    passes = {"forward": forward, "backward": backward}
+    wholes: dict[str, Callable[[str], Any]] = {
+        "forward": lambda name: case.variants[name](**inputs[0].given),
+        "backward": lambda name: _run(case.variants[name], inputs[0]),
+    }
+    for name in tuple(left):  # the first call also pays for caches and compilers
+        for which in case.floors:
+            if name in left:
+                attempt(name, wholes[which])
+            if name in left:
+                peaks[name, which] = attempt(name, lambda name, which=which: clock.peak(lambda: wholes[which](name)))
+    rounds, start = -_WARM_UP, time.perf_counter()
+    while left and (rounds < _LEAST or time.perf_counter() - start < seconds):
+        for name in tuple(left) if rounds % 2 else tuple(left[::-1]):
+            for which in case.floors:
+                taken = attempt(name, passes[which]) if name in left else None
+                if taken is not None and rounds >= 0:
+                    times.setdefault((name, which), []).append(taken)
+        rounds += 1
+        if rounds == 0:
+            start = time.perf_counter()
+    return times, peaks
+
+
+def measure_case(
+    case: Case, names: Sequence[str], clock: Clock, dtype: torch.dtype, seconds: float, bandwidth: float, rate: float
+) -> list[dict[str, Any]]:
+    """The rows of one case, one of its variants `names` and a pass each: what fails has a reason in place of figures.
+
+    `ratio` is the row's time to that of `triton`, or on a CPU, where it is not timed, to that of the reference that
+    the variants are compared with.
+    """
+    failures: dict[str, str] = {}
+    if "triton" in names and interpreted():
+        failures["triton"] = "TRITON_INTERPRET is set, and an interpreter is not timed"
+    elif "triton" in names and (missing := triton_missing(clock.device)):
+        failures["triton"] = f"needs {missing}"
+    errors: dict[str, dict[str, float]] = {}
+    times, peaks = {}, {}
     try:
-        rows = [_measure(shape, setting, device, seconds) for shape in shapes for setting in _SETTINGS]
+        errors, found = _check(case, [name for name in names if name not in failures], dtype)
+        failures |= found
+        times, peaks = _measure(case, names, clock, seconds, failures)
+    except Exception as error:  # the inputs themselves, or what they are compared with, do not fit
+        failures = {name: failures.get(name, _reason(error)) for name in names}
+    clock.forget()
+    medians = {key: statistics.median(taken) for key, taken in times.items() if key[0] not in failures}
+    base = against(clock.gpu, case)
+    rows = []
+    for which, floor in case.floors.items():
+        least, to = floor.seconds(bandwidth, rate) * 1e3, medians.get((base, which))
+        for name in names:
+            taken = medians.get((name, which))
+            rows.append({
+                "path": case.path, "shape": list(case.shape), "setting": case.setting, "pass": which, "variant": name,
+                "milliseconds": taken, "runs": len(times.get((name, which), ())) if taken else 0,
+                "floor_milliseconds": least, "floor_percent": 100 * least / taken if taken else None,
+                "ratio": taken / to if taken and to else None,
+                "peak_bytes": peaks.get((name, which)) if taken else None,
+                "error": errors.get(name, {}).get(which), "failure": failures.get(name),
+            })  # fmt: skip
+    return rows
+
+
+def against(gpu: bool, case: Case) -> str:
+    """The variant whose time others are divided by."""
+    if gpu:
+        return "triton"
+    return "gather" if case.path == "attention" else "reference"
+
+
+def _driver(device: torch.device) -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", f"--id={device.index or 0}"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _machine(device: torch.device) -> dict[str, Any]:
+    """What the figures belong to."""
+    gpu = device.type == "cuda"
+    try:
+        triton = version("triton")
+    except PackageNotFoundError:
+        triton = None
+    return {
+        "machine": platform.machine(), "gpu": torch.cuda.get_device_name(device) if gpu else None,
+        "driver": _driver(device) if gpu else None, "python": platform.python_version(), "torch": torch.__version__,
+        "triton": triton, "cuda": torch.version.cuda, "date": date.today().isoformat(),
+    }  # fmt: skip
+
+
+def _hardware(result: dict[str, Any]) -> str:
+    return result["gpu"] or f"{result['machine']} CPU, CPU time of one thread"
+
+
+def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """The type of the inputs: bfloat16 on a GPU and float32 on a CPU, unless named."""
+    return getattr(torch, name or ("bfloat16" if device.type == "cuda" else "float32"))
+
+
+def bench_kernels(
+    dtype: str | None = None,
+    seconds: float = 2.0,
+    only: Sequence[str] | None = None,
+    without: Sequence[str] = (),
+    show: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Forward and backward of every variant of relative attention and keyed noise, shown as they are measured.
+
+    `seconds` is spent on each shape and setting of `only` (`bench_cases.known`, None for all), for all variants but
+    those of `without`. Uses a GPU where one is visible, otherwise one thread. Returns machine, versions, date,
+    `bandwidth` (bytes/s), `rate` (flop/s), `note` and `rows` (`measure_case`). Raises UserError for something in
+    `only` or `without` that is not measured.
+    """
+    for option, given, all_known in (("only", only or (), known()), ("without", without, VARIANTS)):
+        for item in given:
+            if item not in all_known:
+                raise UserError(f"--{option} {item} is not measured; choose some of {', '.join(all_known)}.")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen, clock, threads = choose_dtype(dtype, device), Clock(device), torch.get_num_threads()
+    if not clock.gpu:
+        torch.set_num_threads(1)
+    torch.manual_seed(0)
+    try:
+        result = {
+            **_machine(device), "dtype": str(chosen).removeprefix("torch."), "bandwidth": clock.bandwidth(),
+            "rate": clock.rate(chosen), "note": None if clock.gpu else _CPU_NOTE, "rows": [],
+        }  # fmt: skip
+        for line in heading(result):
+            show(line)
+        show("  ".join(f"{name:{width}}" for name, width in zip(_HEADER, _WIDTHS, strict=True)).rstrip())
+        for case in cases(only, chosen, device):
+            names = [each for each in case.variants if each not in without and (clock.gpu or each not in _GPU_ONLY)]
+            rows = measure_case(case, names, clock, chosen, seconds, result["bandwidth"], result["rate"])
+            result["rows"] += rows
+            for row in rows:
+                show("  ".join(f"{cell:{width}}" for cell, width in zip(cells(row), _WIDTHS, strict=False)).rstrip())
     finally:
         torch.set_num_threads(threads)
-    date = datetime.date.today().isoformat()
-    return {"machine": _machine(device), "torch": torch.__version__, "date": date, "rows": rows}
+    return result
 
 
-def print_relative_table(result: dict) -> None:
-    """Prints what `bench_relative` returned, one line for each shape and setting."""
-    print(f"relative term, forward + backward, {result['machine']}, torch {result['torch']}, {result['date']}")
-    print(f"{'B,H,L,d':<14} {'setting':<17} {'gather ms':>10} {'dense ms':>10} {'ratio':>6}  chosen")
+def heading(result: dict[str, Any]) -> list[str]:
+    """The lines before the table: where and when it was measured, and what it is relative to."""
+    given = [f"{name} {result[name]}" for name in ("driver", "torch", "triton", "cuda") if result[name]]
+    first = [_hardware(result), *given, f"Python {result['python']}", result["date"], f"{result['dtype']} inputs"]
+    to = "triton" if result["gpu"] else "gather (attention) or reference"
+    second = (
+        f"floor: {result['bandwidth'] / 1e9:,.1f} GB/s of a copy, {result['rate'] / 1e12:,.3f} TFLOP/s of a product; "
+        f"ratio: time to that of {to}; error: to float32, relative norm"
+    )
+    return [", ".join(first), *([result["note"]] if result["note"] else []), second]
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """A row as text; what is not known is a dash, and a reason stands in the place of figures."""
+    left = [row["path"], ",".join(map(str, row["shape"])), row["setting"], row["pass"], row["variant"]]
+    if row["failure"]:
+        return [*left, row["failure"]]
+    peak = None if row["peak_bytes"] is None else row["peak_bytes"] / 2**20
+    figures = ((row["milliseconds"], ".3f"), (row["floor_percent"], ".1f"), (row["ratio"], ".2f"), (peak, ".0f"),
+               (row["error"], ".0e"))  # fmt: skip
+    return [*left, *("-" if figure is None else format(figure, form) for figure, form in figures)]
+
+
+def page(result: dict[str, Any]) -> str:
+    """The same table as a page in Markdown."""
+    lines = [f"# Kernels on {result['gpu'] or 'a CPU'}, {result['date']}", "", "`elsewhere bench kernels`.", ""]
+    for line in heading(result):
+        lines += [line, ""]
+    lines += ["| " + " | ".join(_HEADER) + " |", "|" + "---|" * len(_HEADER)]
     for row in result["rows"]:
-        batch, heads, _, depth = row["shape"]
-        gather, dense = row["milliseconds"]["gather"], row["milliseconds"]["dense"]
-        shape = f"{batch},{heads},{row['tokens']},{depth}"
-        line = (
-            f"{shape:<14} {row['setting']:<17} {gather:>10.2f} {dense:>10.2f} {gather / dense:>6.2f}  {row['chosen']}"
-        )
-        if row["peak_mib"]:
-            line += f"  peak {row['peak_mib']['gather']:.0f} / {row['peak_mib']['dense']:.0f} MiB"
-        print(line)
+        found = [cell.replace("|", "\\|") for cell in cells(row)]
+        lines.append("| " + " | ".join(found + [""] * (len(_HEADER) - len(found))) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def new_pages(folder: Path) -> tuple[Path, Path]:
+    """Where `save` may write, `kernels_<gpu>_<date>` with .md and .json; UserError for what is there already."""
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"--save {folder} is not there or not writable; choose another folder.")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    name = re.sub(r"[^a-z0-9]+", "_", device.lower()).strip("_")
+    pages = tuple(folder / f"kernels_{name}_{date.today().isoformat()}{end}" for end in (".md", ".json"))
+    for path in pages:
+        if path.exists():
+            raise UserError(f"{path} is there already and is not overwritten; move it or choose another folder.")
+    return pages[0], pages[1]
+
+
+def save(result: dict[str, Any], pages: tuple[Path, Path]) -> None:
+    """Write the page and the JSON into new files."""
+    for path, text in zip(pages, (page(result), json.dumps(result, indent=1)), strict=True):
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)

@@ -110,7 +110,7 @@ def _build(recipe: str, overrides: list[str], batch: int | None):
     import torch
 
     from ..data.batch import Batch
-    from .build import build_masks, build_method
+    from .build import build_masks, build_method, choose_kernels
     from .engine.choose import build_engine
     from .engine.precision import choose_precision
     from .monitor import hardware
@@ -122,6 +122,7 @@ def _build(recipe: str, overrides: list[str], batch: int | None):
     batch = batch or config.loader.micro_batch or (128 if cuda else 8)
     before = _resident("VmRSS")
     method = build_method(config)
+    choose_kernels(method, world.device)  # which says what cannot be had
     masks = build_masks(config, method.encoder.grid)
     method.compute_dtype, _ = choose_precision(config.engine.precision, world.device)
     # Batches here are of one micro-batch, whatever the recipe's.

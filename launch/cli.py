@@ -19,7 +19,7 @@ import argparse  # noqa: E402
 import json  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
 from importlib.metadata import version  # noqa: E402
-from typing import TYPE_CHECKING, NoReturn  # noqa: E402
+from typing import TYPE_CHECKING, Any, NoReturn  # noqa: E402
 
 from .consolidate import add_consolidate_command, run_consolidate  # noqa: E402
 from .errors import UserError  # noqa: E402
@@ -96,8 +96,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     text = "Images per second of the mask samplers."
     bench.add_parser("masks", help=text, description=text)
-    text = "The forms of relative attention, forward and backward, interleaved in one run."
-    bench.add_parser("kernels", help=text, description=text)
+    text = "The operators of relative attention and of keyed noise, forward and backward, interleaved in one run."
+    more = "On a GPU also Triton's and compiled FlexAttention; on a CPU only the references and a ceiling, few images."
+    kernels = bench.add_parser("kernels", help=text, description=f"{text} {more}")
+    kernels.add_argument(
+        "--forms", action="store_true", help="instead: the reference's forms of the relative term, by all lookups"
+    )
+    kernels.add_argument(
+        "--only", type=_listed, metavar="A,B", help="numbers of tokens of attention, noise, positions (default: all)"
+    )
+    kernels.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32"), help="of the inputs (bfloat16, on a CPU float32)"
+    )
+    kernels.add_argument(
+        "--without", type=_listed, metavar="A,B", help="leave variants out, e.g. flex, which compiles for long"
+    )
+    kernels.add_argument("--seconds", type=_seconds, default=2.0, help="for each shape and setting (2)")
+    kernels.add_argument("--save", type=Path, metavar="DIR", help="write kernels_GPU_DATE.md and .json there")
     text = (
         "Reading, decoding and cropping a folder of images by each reader (files, shards, webdataset, FFCV where it is "
         "installed), against ImageFolder + Pillow."
@@ -181,6 +196,13 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError("must be 1 or more")
+    return value
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError("must be 0 or more")
     return value
 
 
@@ -287,10 +309,7 @@ def _bench(arguments: argparse.Namespace) -> int:
         result = bench_masks()
         print_masks_table(result)
     elif arguments.part == "kernels":
-        from .bench_kernels import bench_relative, print_relative_table
-
-        result = bench_relative()
-        print_relative_table(result)
+        result = _bench_kernels(arguments)
     elif arguments.part == "data":
         from ..data.images import DataError
         from .bench_data import bench_data, print_data_table
@@ -330,6 +349,25 @@ def _bench(arguments: argparse.Namespace) -> int:
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1), encoding="utf-8")
     return 0
+
+
+def _bench_kernels(arguments: argparse.Namespace) -> dict[str, Any]:
+    if arguments.forms:
+        given = [name for name in ("only", "without", "dtype", "save") if vars(arguments)[name] is not None]
+        if given:
+            raise UserError(f"--{given[0]} does not go with --forms, whose table has fixed settings; leave one out.")
+        from .bench_forms import bench_relative, print_relative_table
+
+        result = bench_relative(seconds=arguments.seconds)
+        print_relative_table(result)
+        return result
+    from .bench_kernels import bench_kernels, new_pages, save
+
+    pages = new_pages(arguments.save) if arguments.save else None  # before minutes of measuring
+    result = bench_kernels(arguments.dtype, arguments.seconds, arguments.only, arguments.without or ())
+    if pages:
+        save(result, pages)
+    return result
 
 
 _COMMANDS = {

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from ..kernels.dispatch import Choice
 from .method import IMAGENET_MEAN, IMAGENET_STD, Method
 from .positions import Positions, shifted_sincos
 from .relative import Relative, RelativeAttack
@@ -138,6 +139,21 @@ class Mae(Method):
                 numbers = groups * width * (buckets if self.attack.per == "bucket" else 1)
             out[name] = torch.zeros(len(part.blocks), numbers)
         return out
+
+    def kernel_choices(self, device: torch.device) -> dict[str, Choice]:
+        found = super().kernel_choices(device)
+        if self.encoder.relative is None:
+            return found
+        mode = {"none": "none", "coordinate": "shift"}.get(self.attack.mode)
+        mode = mode or ("bucket" if self.attack.per == "bucket" else self.attack.where)
+        grid, dtype = self.encoder.grid, self.compute_dtype
+        encoder, decoder = (
+            part.blocks[0].attn.choose(grid, device, dtype, mode)  # pyright: ignore
+            for part in (self.encoder, self.decoder)
+        )
+        if encoder == decoder:
+            return found | {"relative attention": encoder}
+        return found | {"relative attention of the encoder": encoder, "of the decoder": decoder}
 
     def objective(
         self, batch: VisibleBatch, adversary: Mapping[str, Tensor] | None = None

@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..kernels.relative_attention import choose_form, relative_bias, relative_values
+from ..kernels.relative_lookup import Lookup, make_lookup
+from ..kernels.relative_reference import choose_form, relative_bias, relative_values
 
 METHODS = ("product", "cross", "euclidean", "quantised")
 LOOKUPS = ("hard", "interpolated", "published")
@@ -81,6 +83,13 @@ class RelativeAttack:
     embedding: Tensor | None = None
     where: str = "keys"
     per: str = "table"
+
+    @property
+    def mode(self) -> str:
+        """What the kernels tell apart: `shift`, `bucket` (an embedding each), `keys`, `queries`, or `none`."""
+        if self.embedding is None:
+            return "none" if self.shift is None else "shift"
+        return "bucket" if self.per == "bucket" else self.where
 
     def check(self, relative: Relative) -> None:
         """Raises ValueError for an attack that `relative` has no use for."""
@@ -160,6 +169,21 @@ def _index(grid: tuple[int, int], prefix: int, method: str, ratio: float, device
     with torch.inference_mode(False):  # a tensor made under inference mode could not serve training later
         ids = offset_ids(grid, prefix) if method == "offset" else bucket_ids(grid, prefix, method, ratio)
         return ids.to(device)
+
+
+@lru_cache(maxsize=16)
+def _lookup(
+    grid: tuple[int, int], prefix: int, method: str, ratio: float, columns: int, device: torch.device
+) -> Lookup:
+    """The lookup in a table of `columns`, shared by all layers."""
+    with torch.inference_mode(False):
+        return make_lookup(_index(grid, prefix, method, ratio, device), columns, grid, prefix)
+
+
+@torch.compiler.assume_constant_result
+def _constant_lookup(*of: Any) -> Lookup:
+    """`_lookup`, which the compiler does not look into."""
+    return _lookup(*of)
 
 
 def interpolation_weights(offsets: Tensor, ratio: float, lookup: str) -> Tensor:
@@ -261,6 +285,29 @@ class RelativeTable(nn.Module):
         """The column of the looked-up table for every pair, `[L, L]` int64."""
         method = self.relative.method if self.relative.lookup == "hard" else "offset"
         return _index(grid, self.prefix, method, self.relative.ratio, device)
+
+    def lookup(self, grid: tuple[int, int], device: torch.device) -> Lookup:
+        """What the kernels know of the lookups in the tables of `tables`."""
+        spec, hard = self.relative, self.relative.lookup == "hard"
+        columns = spec.buckets(self.prefix) if hard else (2 * grid[0] - 1) * (2 * grid[1] - 1) + (self.prefix > 0)
+        return _constant_lookup(grid, self.prefix, spec.method if hard else "offset", spec.ratio, columns, device)
+
+    def tables(
+        self, grid: tuple[int, int], attack: RelativeAttack | None, scale: float
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """For `scale · q·R` the table over the columns of `index` `[G, d, C]`, that of masked rows, and what is added
+        to masked keys `[G, d]`.
+
+        Of an embedding on queries and per table nothing is left, and its gradient is exactly zero.
+        """
+        with torch.autocast(next(self.parameters()).device.type, enabled=False):
+            whole = self.whole() * scale
+            table, added = self._looked_up(whole, grid), self._embedding(attack, scale)
+            if attack is None or (attack.shift is None and attack.where == "queries"):
+                return table, None, None
+            if attack.shift is not None:
+                return table, self._looked_up(whole, grid, attack.shift), None
+        return table, None, None if added is None else added.squeeze(2)
 
     def _looked_up(self, table: Tensor, grid: tuple[int, int], shift: Tensor | None = None) -> Tensor:
         """`table` `[G, d, NB]` over the columns of `index`, `[G, d, C]`."""

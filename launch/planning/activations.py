@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ...data.batch import Batch
-from ...kernels import relative_attention
+from ...kernels import relative_reference
 from ...models import relative
 from ...models.mae import Mae
 from ...models.method import Method
@@ -209,7 +209,8 @@ def on_meta(config: Config, depths: dict[str, int] | None = None) -> Method:
             section = getattr(method, name).model_copy(update={"depth": depths[name]})
             method = method.model_copy(update={name: section})
     with torch.device("meta"):
-        return build_method(config.model_copy(update={"model": model, "method": method}))
+        # Fake tensors of a CPU are given to it, on which Triton's kernels do not run.
+        return build_method(config.model_copy(update={"model": model, "method": method, "kernels": "auto"}))
 
 
 def _trace(
@@ -316,7 +317,7 @@ def _as_on_cuda(method: nn.Module) -> Iterator[None]:
         mock.patch.object(
             torch.Tensor, "softmax", lambda x, *args, **options: softmax(_in_float32(x), *args, **options)
         ),
-        mock.patch.object(relative_attention, "_chunk_numbers", lambda _: relative_attention._GPU_CHUNK),
+        mock.patch.object(relative_reference, "_chunk_numbers", lambda _: relative_reference._GPU_CHUNK),
     ):
         yield
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from elsewhere.kernels.relative_attention import choose_form, relative_attention, relative_bias, relative_values
+from elsewhere.kernels.relative_reference import attention, choose_form, relative_bias, relative_values
 from elsewhere.models.relative import Relative, RelativeAttack, RelativeTable
 
 FORMS = ("gather", "dense")
@@ -109,7 +109,7 @@ def test_attention_takes_its_scale(value_term):
     bias = normal(1, 2, 5, 5, seed=3)
     expected = (0.3 * q @ k.transpose(2, 3) + bias).softmax(dim=-1) @ v
     term = None if value_term is None else lambda p: value_term(v)
-    assert_same([relative_attention(q, k, v, 0.3, bias, term)], [expected])
+    assert_same([attention(q, k, v, 0.3, bias, term)], [expected])
 
 
 def large_tensors_kept(forward, at_least):
@@ -144,7 +144,7 @@ def test_only_bias_and_probabilities_are_kept(grid, terms, lookup, form):
         bias = tables["k"].logits(q, grid, attack)
         if "q" in tables:
             bias = bias + tables["q"].logits(k, grid, attack).transpose(-2, -1)
-        return relative_attention(q, k, v, 0.3, bias)
+        return attention(q, k, v, 0.3, bias)
 
     kept, dtypes, out = large_tensors_kept(forward, 2 * 4 * length * length)
     assert out.requires_grad
@@ -161,7 +161,7 @@ def test_a_value_term_keeps_no_more(grid, lookup):
     shift = None if lookup == "hard" else torch.tensor([0.3, -0.2], requires_grad=True)
     attack = RelativeAttack(masked_patches(2, length, dtype=torch.float32), shift=shift)
     kept, dtypes, _ = large_tensors_kept(
-        lambda: relative_attention(q, k, v, 0.3, bias, lambda p: table.values(p, grid, attack)),
+        lambda: attention(q, k, v, 0.3, bias, lambda p: table.values(p, grid, attack)),
         2 * 4 * length * length,
     )
     assert kept <= 2
