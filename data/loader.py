@@ -186,13 +186,19 @@ class Loader:
         return batches(self._loader)
 
 
-def dead_worker(error: RuntimeError) -> DataError | None:
+# What is raised here where a worker dies while it hands a batch over, by the socket that its memory comes through.
+_CUT_OFF = (ConnectionError, EOFError, FileNotFoundError)
+
+
+def dead_worker(error: Exception) -> DataError | None:
     """A sentence in the place of torch's error for a loader worker that died, which comes at any point of the loop."""
-    if not str(error).startswith("DataLoader worker"):
+    text = str(error).split(chr(10))[0] or type(error).__name__
+    # The same kinds of error raised in a worker come here with another text: Caught … in DataLoader worker process.
+    if not text.startswith("DataLoader worker") and (not isinstance(error, _CUT_OFF) or text.startswith("Caught ")):
         return None
     return DataError(
-        f"A loader worker died ({str(error).split(chr(10))[0]}); often memory or /dev/shm is used up: lower "
-        "loader.workers or loader.micro_batch."
+        f"A loader worker died ({text}); often memory or /dev/shm is used up: lower loader.workers or "
+        "loader.micro_batch."
     )
 
 
@@ -205,7 +211,9 @@ def batches(loader: DataLoader) -> Iterator[Batch]:
                 item = next(iterator)
             except StopIteration:
                 return
-            except RuntimeError as error:
+            except (RuntimeError, *_CUT_OFF) as error:
+                if not loader.num_workers:
+                    raise
                 raise dead_worker(error) or error from None
             if isinstance(item, Refusal):
                 raise DataError(item.message)

@@ -14,7 +14,7 @@ from PIL import Image
 from elsewhere.data.augment import Augment
 from elsewhere.data.decode import UnreadableImage
 from elsewhere.data.images import DataError, Digits, ImageFolder
-from elsewhere.data.loader import Batches, Loader, replacements
+from elsewhere.data.loader import Batches, Loader, batches, replacements
 from elsewhere.data.masks import ContextAndTargets
 from elsewhere.data.order import Permutations, Plan, Request, Requests, check_batch_sizes, epoch_length, permutation
 from elsewhere.data.random_masks import RandomMasks
@@ -231,6 +231,37 @@ def test_stop_ends_with_one_sentence(workers):
         "An image cannot be read (numbered[7]: cut off): repair or remove it, or set data.on_error=skip."
     )
     assert caught.value.__cause__ is None
+
+
+class Breaking:
+    """A loader whose next batch is an error; `workers` says how many processes it has."""
+
+    def __init__(self, error, workers):
+        self.error, self.num_workers = error, workers
+
+    def __iter__(self):
+        raise self.error
+        yield
+
+
+CUT_OFF = [ConnectionResetError(104, "Connection reset by peer"), EOFError(), FileNotFoundError(2, "No such file")]
+
+
+@pytest.mark.parametrize("error", CUT_OFF, ids=lambda error: type(error).__name__)
+def test_a_worker_that_dies_while_it_hands_over_is_named(error):
+    with pytest.raises(DataError, match=r"^A loader worker died \(.+\); often memory"):
+        next(batches(Breaking(error, 2)))
+
+
+@pytest.mark.parametrize(
+    ("error", "workers"),
+    [(FileNotFoundError("Caught FileNotFoundError in DataLoader worker process 0."), 2), (EOFError(), 0)],
+    ids=["in a worker", "without workers"],
+)
+def test_an_error_of_reading_stays_what_it_is(error, workers):
+    with pytest.raises(type(error)) as found:
+        next(batches(Breaking(error, workers)))
+    assert found.value is error
 
 
 def test_skip_gives_up_when_nothing_reads():
