@@ -88,7 +88,7 @@ def _choose_noise(kernels: str, device: torch.device) -> Choice:
     return Choice("reference", f"triton needs {missing}")
 
 
-# What was the faster for relative attention on a GPU of a capability (docs/benchmarks/kernels.md), by `Case`.
+# What was the faster for relative attention on a GPU of a capability (docs/benchmarks/kernels.md), by case.
 _MEASURED: dict[tuple[tuple[int, int], str], str] = {}
 
 
@@ -97,8 +97,8 @@ def choose_attention(kernels: str, device: torch.device, case: str | None = None
     """The operator of relative attention under a setting `kernels` on `device`.
 
     `case` is `one tile`, `two tables` or `several tiles`, what was measured apart; without one, whether Triton may
-    compute any. `auto` takes Triton only where it was measured to be the faster. Raises ValueError for an unknown
-    setting, and for `triton` where that cannot be had.
+    compute any. `auto` takes Triton only where it was measured to be the faster, and where its kernels agree with the
+    reference. Raises ValueError for an unknown setting, and for `triton` where that cannot be had.
     """
     return _choose_attention(kernels, device, case)
 
@@ -110,18 +110,20 @@ def _choose_attention(kernels: str, device: torch.device, case: str | None) -> C
         return Choice("reference", "as asked")
     if kernels == "auto" and (device.type != "cuda" or interpreted()):
         return Choice("reference", f"on {_A.get(device.type, device.type)}")
-    missing = triton_missing(device)
-    if missing is not None and kernels == "auto":
-        return Choice("reference", f"triton needs {missing}")
-    if missing is None and device.type == "cuda" and kernels == "triton":
+    missing, why = triton_missing(device), "as asked"
+    if missing is None and kernels == "auto" and case is not None:
+        faster = _MEASURED.get((torch.cuda.get_device_capability(device), case))
+        if faster is None:
+            return Choice("reference", f"{case}: not measured on {torch.cuda.get_device_name(device)}")
+        why = f"{case}: the faster as measured"
+        if faster == "reference":
+            return Choice(faster, why)
+    if missing is None and device.type == "cuda" and (kernels == "triton" or case is not None):
         from .relative_check import fault  # imports triton
 
         missing = fault(device)
-    if missing is not None:
+    if missing is None:
+        return Choice("triton", why)
+    if kernels == "triton":
         raise ValueError(f"kernels=triton needs {missing}; use kernels=auto.")
-    if kernels == "triton" or case is None:
-        return Choice("triton", "as asked")
-    faster = _MEASURED.get((torch.cuda.get_device_capability(device), case))
-    if faster is None:
-        return Choice("reference", f"{case}: not measured on {torch.cuda.get_device_name(device)}")
-    return Choice(faster, f"{case}: the faster as measured")
+    return Choice("reference", f"triton needs {missing}")

@@ -1,6 +1,6 @@
 """Attention with a relative table on keys as one operator: Triton kernels where they fit, the references elsewhere.
 
-The gradient of every input comes from kernels, too; a table's is a sum in a fixed order.
+Gradients come from kernels, too, and all sums have a fixed order.
 """
 
 # What pyright sees of a kernel is the Python function, not what @triton.jit makes of it.

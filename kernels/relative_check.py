@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
@@ -48,8 +49,13 @@ def _small(device: torch.device, operator: str, dtype: torch.dtype, sides: tuple
             torch.randn(shape, generator=random).to(device)
             for shape in ((2, length, 3, 2, 64), (1, 64, 10), (2, length, 2, 64))
         )
-        inputs = qkv.to(dtype).requires_grad_(), table.requires_grad_()
-        out = relative_attention(*inputs, lookup, 0.125, operator=operator)
+        inputs: list[torch.Tensor] = [qkv.to(dtype).requires_grad_(), table.requires_grad_()]
+        attack: dict[str, Any] = {}
+        if lookup.tiles == 1:  # several take no second table
+            attack = {"attacked": -table.detach(), "added": table.detach()[..., 0]}
+            inputs += [each.requires_grad_() for each in attack.values()]
+            attack["masked"] = (torch.arange(length, device=device) % 2).expand(2, -1)
+        out = relative_attention(inputs[0], inputs[1], lookup, 0.125, operator=operator, **attack)
         gradients = torch.autograd.grad((out * weight).sum(), inputs)
         found += [each.detach().float() for each in (out, *gradients)]
     return found

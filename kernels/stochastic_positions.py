@@ -148,16 +148,7 @@ def _triton_noise(
 
 
 @_triton_noise.register_fake
-def _(
-    epochs: Tensor,
-    sample_ids: Tensor,
-    blocks: Tensor,
-    patches: Tensor,
-    seed: int,
-    columns: int,
-    scale: float,
-    dtype: torch.dtype,
-) -> Tensor:
+def _(epochs, sample_ids, blocks, patches, seed, columns, scale, dtype):
     return patches.new_empty(*patches.shape, columns, dtype=dtype)
 
 

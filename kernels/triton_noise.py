@@ -1,7 +1,7 @@
 """The keyed noise of stochastic positions as one Triton kernel: Philox words, Box–Muller, written once.
 
-The words are those of `stochastic_positions.position_words`, bit for bit; the numbers are within 1e-5 of the
-reference's.
+The words are those of `stochastic_positions.position_words`, bit for bit; the numbers are meant to be
+within 1e-5 of the reference's, by the errors known of the hardware's functions, and are so in the interpreter.
 """
 
 # What pyright sees of a kernel is the Python function, not what @triton.jit makes of it.

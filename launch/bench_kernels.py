@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.dispatch import interpreted, triton_missing
+from ..kernels.dispatch import interpreted, said, triton_missing
 from .bench_cases import VARIANTS, Case, Inputs, cases, known
 from .bench_clock import Clock
 from .errors import UserError
@@ -82,8 +82,7 @@ def _check(case: Case, names: Sequence[str], dtype: torch.dtype) -> tuple[dict[s
 
 
 def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    text = f"{type(error).__name__}: {lines[0] if lines else ''}"
+    text = said(error)
     return text if len(text) <= 160 else text[:157] + "..."
 
 

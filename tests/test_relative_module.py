@@ -106,6 +106,13 @@ def test_auto_takes_what_was_measured_to_be_the_faster(gpu, monkeypatch, faster)
     assert choose_attention("auto", GPU, "one tile") == Choice(faster, "one tile: the faster as measured")
 
 
+def test_auto_leaves_out_a_faster_kernel_that_is_wrong(gpu, monkeypatch):
+    gpu(fault="kernels that agree with the reference, and on this GPU they do not")
+    monkeypatch.setattr(dispatch, "_MEASURED", {((9, 0), "one tile"): "triton"})
+    expected = "triton needs kernels that agree with the reference, and on this GPU they do not"
+    assert choose_attention("auto", GPU, "one tile") == Choice("reference", expected)
+
+
 def test_triton_is_had_where_it_was_asked_for(gpu):
     gpu()
     assert choose_attention("triton", GPU, "several tiles") == Choice("triton", "as asked")
@@ -126,8 +133,8 @@ def test_the_kernels_agree_with_the_reference_here():
 def test_a_wrong_kernel_is_found_out(monkeypatch):
     right = relative_check.relative_attention
 
-    def wrong(*given, operator):
-        return right(*given, operator=operator) * (1.01 if operator == "triton" else 1)
+    def wrong(*given, operator, **attack):
+        return right(*given, operator=operator, **attack) * (1.01 if operator == "triton" else 1)
 
     monkeypatch.setattr(relative_check, "relative_attention", wrong)
     expected = "kernels that agree with the reference, and on this GPU they do not"
@@ -137,10 +144,10 @@ def test_a_wrong_kernel_is_found_out(monkeypatch):
 def test_a_kernel_that_fails_is_found_out(monkeypatch):
     right = relative_check.relative_attention
 
-    def fail(*given, operator):
+    def fail(*given, operator, **attack):
         if operator == "triton":
             raise RuntimeError("no compiler\nat all")
-        return right(*given, operator=operator)
+        return right(*given, operator=operator, **attack)
 
     monkeypatch.setattr(relative_check, "relative_attention", fail)
     assert relative_check.fault.__wrapped__(DEVICE) == "kernels that run here (RuntimeError: no compiler)"
