@@ -54,10 +54,11 @@ def build_encoder(config: Config) -> Encoder:
     given = {key: getattr(model, key) for key in ("width", "depth", "heads", "mlp_ratio")}
     size = replace(SIZES[model.size], **{key: value for key, value in given.items() if value is not None})
     _check_width("model", size, model.positions)
+    class_token = config.method.kind != "jepa" if model.class_token is None else model.class_token
     with user_errors():
         return Encoder(
             model.image_size, model.patch_size, model.channels, size, positions=model.positions,
-            class_token=config.method.kind != "jepa", relative=_relative(config), **_init(config),
+            class_token=class_token, relative=_relative(config), **_init(config),
         )  # fmt: skip
 
 

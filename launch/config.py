@@ -70,6 +70,7 @@ class Model(Section):
     image_size: Annotated[tuple[Count, Count], BeforeValidator(_pair)] = (224, 224)
     channels: Count = 3
     positions: Literal["sincos", "learned"] = "sincos"
+    class_token: bool | None = None  # None: as the method has it (jepa none, the others one)
     relative: RelativeSection = RelativeSection()
     norm: Literal["torch", "apex"] = "torch"
     init: Literal["normal", "xavier"] = "normal"

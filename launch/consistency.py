@@ -77,6 +77,9 @@ def contradiction(config: Config) -> str | None:
     if config.method.mask_token not in _TOKENS[kind]:
         choices = " or ".join(_TOKENS[kind])
         return f"method.mask_token={config.method.mask_token} is not for method.kind={kind}; choose {choices}"
+    if config.model.class_token not in (None, kind != "jepa") and kind in _TOKENS:
+        has = "has no" if kind == "jepa" else "has a"
+        return f"method.kind={kind} {has} class token; leave model.class_token out"
     if kind != "jepa" and config.method.normalise_pixels and config.model.patch_size**2 * config.model.channels == 1:
         return (
             "method.normalise_pixels divides by the deviation within a patch, and a patch of one number has none; set "

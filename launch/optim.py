@@ -119,7 +119,7 @@ def scaled_lr(base: float, batch: int) -> float:
     return base * batch / 256
 
 
-_UNDECAYED = ("_token", ".table", ".rows_table", ".columns_table")
+_UNDECAYED = ("_token", "_position", ".table", ".rows_table", ".columns_table")
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:

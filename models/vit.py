@@ -98,19 +98,23 @@ def encoder_flops(size: Size, tokens: int, relative: Relative | None = None) -> 
     return size.depth * (linear + (4 + 2 * terms) * tokens**2 * size.width)
 
 
-def transformer_blocks(size: Size, norm: str, relative: Relative | None = None, prefix: int = 0) -> nn.ModuleList:
+def transformer_blocks(
+    size: Size, norm: str, relative: Relative | None = None, prefix: int = 0, drop_path: float = 0.0
+) -> nn.ModuleList:
     """`size.depth` pre-norm transformer blocks with biased qkv and exact GELU.
 
-    With `relative` positions they are `RelativeBlock`s, whose first `prefix` tokens are no patches.
+    With `relative` positions they are `RelativeBlock`s, whose first `prefix` tokens are no patches. The share of
+    samples whose residual branch is dropped in training rises from 0 in the first block to `drop_path` in the last.
     """
     layer = norm_layer(norm)
+    rates = [drop_path * i / max(1, size.depth - 1) for i in range(size.depth)]
     if relative is not None:
         return nn.ModuleList(
-            RelativeBlock(size.width, size.heads, size.mlp_ratio, relative, layer, prefix) for _ in range(size.depth)
+            RelativeBlock(size.width, size.heads, size.mlp_ratio, relative, layer, prefix, rate) for rate in rates
         )
     return nn.ModuleList(
-        Block(size.width, size.heads, size.mlp_ratio, qkv_bias=True, norm_layer=layer)  # pyright: ignore
-        for _ in range(size.depth)
+        Block(size.width, size.heads, size.mlp_ratio, qkv_bias=True, norm_layer=layer, drop_path=rate)  # pyright: ignore
+        for rate in rates
     )
 
 
@@ -130,8 +134,8 @@ class Encoder(nn.Module):
     """A vision transformer with timm's feature interface, with or without class token and relative positions.
 
     `forward` serves pre-training: `images` `[B, C, H, W]` and, optionally, the patches to keep. A class token (I-JEPA
-    has none, MAE has one) stands first and has no position. Raises ValueError for a size that the patch does not
-    divide.
+    has none, MAE has one) stands first; it has a position, zero at first, only where positions are learned. Raises
+    ValueError for a size that the patch does not divide.
     """
 
     def __init__(
@@ -146,6 +150,7 @@ class Encoder(nn.Module):
         init_std: float | None = 0.02,
         class_token: bool = False,
         relative: Relative | None = None,
+        drop_path: float = 0.0,
     ):
         super().__init__()
         self.image_size, self.patch_size, self.channels, self.size = image_size, patch_size, channels, size
@@ -161,7 +166,9 @@ class Encoder(nn.Module):
         )
         self.positions = Positions(size.width, self.grid, positions)
         self.cls_token = nn.Parameter(torch.empty(1, 1, size.width)) if class_token else None
-        self.blocks = transformer_blocks(size, norm, relative, self.num_prefix_tokens)
+        placed = class_token and positions == "learned"
+        self.cls_position = nn.Parameter(torch.zeros(1, 1, size.width)) if placed else None
+        self.blocks = transformer_blocks(size, norm, relative, self.num_prefix_tokens, drop_path)
         self.norm = norm_layer(norm)(size.width)
         initialise(self, self.blocks, init_std, depth_scaled_init)
         if self.cls_token is not None:
@@ -186,7 +193,8 @@ class Encoder(nn.Module):
         """Patch tokens `[B, N, D]` with the class token in front, where there is one."""
         if self.cls_token is None:
             return tokens
-        return torch.cat([self.cls_token.to(tokens.dtype).expand(len(tokens), -1, -1), tokens], dim=1)
+        first = self.cls_token if self.cls_position is None else self.cls_token + self.cls_position
+        return torch.cat([first.to(tokens.dtype).expand(len(tokens), -1, -1), tokens], dim=1)
 
     def forward(self, images: Tensor, keep: Tensor | None = None, last: int = 1) -> Tensor:
         """Normalised tokens `[B, prefix + K, D]`; several selections `keep` `[E, B, K]` give `[E·B, prefix + K, D]`.
