@@ -73,7 +73,8 @@ def build_encoder(config: Config) -> Encoder:
     with user_errors():
         return Encoder(
             model.image_size, model.patch_size, model.channels, size, positions=model.positions,
-            class_token=class_token, relative=_relative(config), drop_path=model.drop_path, **_init(config),
+            class_token=class_token, relative=_relative(config), drop_path=model.drop_path,
+            norm_eps=model.norm_eps, **_init(config),
         )  # fmt: skip
 
 
