@@ -201,7 +201,7 @@ def from_timm(name: str) -> tuple[ForeignEncoder, str]:
     said: Any = model.pretrained_cfg
     found.norm_eps = told["norm_eps"] or found.norm_eps
     found.mean, found.std = list(said.get("mean") or IMAGENET_MEAN), list(said.get("std") or IMAGENET_STD)
-    return found, f"the encoder of {path}"
+    return found, f"the {found.kind} encoder of {path}"
 
 
 def completed(found: ForeignEncoder, encoder: Encoder) -> ForeignEncoder:

@@ -44,19 +44,21 @@ def load(path: str | Path, which: str = "teacher", recipe: str | None = None, al
         why = f"does not say {' or '.join(unknown)}" if unknown else "does not describe its encoder"
         raise UserError(f"{path} {why}; name a recipe: load(path, recipe=…).")
     encoder = build_encoder(config)
-    if recipe is not None and weights.foreign is not None:
-        _check_agreement(weights, encoder, str(path))
     if weights.pooled:
-        encoder.norm, encoder.fc_norm = nn.Identity(), norm_layer()(encoder.num_features)
-    _take_up(encoder, weights.state, str(path), allow)
+        encoder.norm, encoder.fc_norm = nn.Identity(), norm_layer(eps=config.model.norm_eps)(encoder.num_features)
+    source = _source(weights, encoder) if recipe is not None and weights.foreign is not None else None
+    _take_up(encoder, weights.state, str(path), allow, source)
     encoder.pixel_mean, encoder.pixel_std = pixel_statistics(config.data, config.model.channels)  # pyright: ignore
     return encoder.eval()
 
 
-def _take_up(encoder: Encoder, state: dict[str, Tensor], what: str, allow: Sequence[str] = ()) -> None:
+def _take_up(
+    encoder: Encoder, state: dict[str, Tensor], what: str, allow: Sequence[str] = (), source: Encoder | None = None
+) -> None:
     """Load an encoder's state; UserError that says in which respect `what` is of another encoder.
 
-    Names that a pattern of `allow` matches may be missing, and keep their first values, or be left out.
+    Names that a pattern of `allow` matches may be missing, and keep their first values, or be left out. `source` is the
+    encoder that the state is of, where more is known of it than shapes.
     """
 
     def terms(names):
@@ -85,20 +87,19 @@ def _take_up(encoder: Encoder, state: dict[str, Tensor], what: str, allow: Seque
     for side, names in (("lacks", differ & mine.keys()), ("has beyond this recipe's encoder", differ & state.keys())):
         if names:
             raise UserError(f"{what} {side} {grouped(sorted(names))}; set model as it was trained.")
+    setting = disagreement(source, encoder) if source else None
+    if setting is not None:
+        raise UserError(f"{what} was trained with {setting}, and this encoder has another; set it to match.")
     encoder.load_state_dict({name: tensor for name, tensor in state.items() if name in mine}, strict=False)
 
 
-def _check_agreement(weights: EncoderWeights, encoder: Encoder, path: str) -> Encoder | None:
-    """The encoder that `weights` are of, where known; UserError for what shapes do not show and differs."""
+def _source(weights: EncoderWeights, encoder: Encoder) -> Encoder | None:
+    """The encoder that `weights` are of, without numbers, what they do not say as in `encoder`; None if unknown."""
     config = weights.for_encoder(encoder)
     if config is None:
         return None
     with torch.device("meta"):
-        source = build_encoder(config)
-    setting = disagreement(source, encoder)
-    if setting is not None:
-        raise UserError(f"{path} was trained with {setting}, and this encoder has another; set it to match.")
-    return source
+        return build_encoder(config)
 
 
 def start_task_encoder(
@@ -117,7 +118,7 @@ def start_task_encoder(
     """
     weights = encoder_weights(path, which)
     weights.check_read(allow)
-    source = _check_agreement(weights, encoder, str(path))
+    source = _source(weights, encoder)
     if source is None:
         raise UserError(
             f"{path} does not describe its encoder; start from a run, a checkpoint, or consolidated weights."
@@ -142,7 +143,7 @@ def _fill(
         state = {name: tensor for name, tensor in state.items() if not name.startswith("fc_norm.")}
         allow = [*allow, "norm.*"]
         what += ", with a fresh last norm, for it was fine-tuned to one after pooling"
-    _take_up(encoder, state, path, allow)
+    _take_up(encoder, state, path, allow, source)
     if encoder.positions.kind == "learned" and encoder.grid != source.grid:
         what += f", its positions {source.grid[0]}x{source.grid[1]} resampled to {encoder.grid[0]}x{encoder.grid[1]}"
     return what
@@ -159,7 +160,7 @@ def start_from(method: Method, path: str, which: str = "teacher", allow: Sequenc
         weights.check_read(allow)
         what = weights.what
         for module in (method.encoder, method.teacher) if isinstance(method, Jepa) else (method.encoder,):
-            source = _check_agreement(weights, module, path)
+            source = _source(weights, module)
             if source is None:
                 _take_up(module, weights.state, path, allow)
                 continue
