@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any, NoReturn  # noqa: E402
 
 from .consolidate import add_consolidate_command, run_consolidate  # noqa: E402
 from .errors import UserError  # noqa: E402
+from .evaluate.probe import add_probe_command, run_probe  # noqa: E402
+from .evaluate.suite import add_evaluate_command, run_evaluate  # noqa: E402
 from .inspect_path import add_inspect_command, run_inspect  # noqa: E402
 from .nodes.check_hosts import add_hosts_command, run_hosts  # noqa: E402
 from .nodes.submit import add_submit_command, run_submit  # noqa: E402
@@ -91,6 +93,8 @@ def _parser() -> argparse.ArgumentParser:
     add_shards_command(commands)
     add_inspect_command(commands)
     add_consolidate_command(commands)
+    add_probe_command(commands)
+    add_evaluate_command(commands)
     bench = commands.add_parser("bench", help="Measure a part on this machine.").add_subparsers(
         dest="part", required=True, metavar="PART"
     )
@@ -373,5 +377,5 @@ def _bench_kernels(arguments: argparse.Namespace) -> dict[str, Any]:
 _COMMANDS = {
     "pretrain": _pretrain, "show": _show, "configs": _configs, "plan": run_plan, "submit": run_submit,
     "hosts": run_hosts, "bench": _bench, "shards": run_shards, "inspect": run_inspect,
-    "consolidate": run_consolidate,
+    "consolidate": run_consolidate, "probe": run_probe, "evaluate": run_evaluate,
 }  # fmt: skip

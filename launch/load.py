@@ -154,9 +154,7 @@ def load(path: str | Path, which: str = "teacher", recipe: str | None = None) ->
     return load_described(path, which, recipe)[0]
 
 
-def load_described(
-    path: str | Path, which: str = "teacher", recipe: str | None = None
-) -> tuple[Encoder, Config, str]:
+def load_described(path: str | Path, which: str = "teacher", recipe: str | None = None) -> tuple[Encoder, Config, str]:
     """As `load`, with the configuration that describes the encoder, and what it is in words."""
     if which not in ("teacher", "student"):
         raise UserError(f"which={which!r} is not possible; choose teacher or student.")
