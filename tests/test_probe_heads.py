@@ -11,10 +11,11 @@ from torch.nn import functional as F
 from elsewhere.launch.errors import UserError
 from elsewhere.launch.evaluate import low_shot
 from elsewhere.launch.evaluate.attentive import AttentiveProbes
+from elsewhere.launch.evaluate.intervals import wilson
 from elsewhere.launch.evaluate.linear import Heads, Setting, decay, epoch_batches, settings, train_epoch
 from elsewhere.launch.evaluate.low_shot import Shots, inverse_strength
 from elsewhere.launch.evaluate.nearest import Nearest, statistics
-from elsewhere.launch.evaluate.scores import counts, over_draws, wilson
+from elsewhere.launch.evaluate.scores import counts, over_draws
 from elsewhere.models.attentive_pool import AttentivePool
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,17 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_Z = 1.959963984540054  # 95 % of a normal distribution lie within
-
-
-def wilson(right: int, count: int) -> tuple[float, float]:
-    """The 95 % confidence interval of a share of which `right` of `count` were seen (Wilson 1927)."""
-    if not count:
-        return 0.0, 1.0
-    share = right / count
-    centre = (share + _Z**2 / (2 * count)) / (1 + _Z**2 / count)
-    half = _Z / (1 + _Z**2 / count) * math.sqrt(share * (1 - share) / count + _Z**2 / (4 * count**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
+from .intervals import wilson
 
 
 def counts(scores: Tensor, truth: Tensor) -> np.ndarray:
