@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NoReturn  # noqa: E402
 from .consolidate import add_consolidate_command, run_consolidate  # noqa: E402
 from .errors import UserError, first_of_machine, print_error  # noqa: E402
 from .evaluate.finetune_command import add_finetune_command, run_finetune  # noqa: E402
+from .evaluate.look import add_look_command, run_look  # noqa: E402
 from .evaluate.probe import add_probe_command, run_probe  # noqa: E402
 from .evaluate.suite import add_evaluate_command, run_evaluate  # noqa: E402
 from .inspect_path import add_inspect_command, run_inspect  # noqa: E402
@@ -76,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     add_consolidate_command(commands)
     add_probe_command(commands)
     add_evaluate_command(commands)
+    add_look_command(commands)
     bench = commands.add_parser("bench", help="Measure a part on this machine.").add_subparsers(
         dest="part", required=True, metavar="PART"
     )
@@ -294,5 +296,5 @@ def _bench_kernels(arguments: argparse.Namespace) -> dict[str, Any]:
 _COMMANDS = {
     "pretrain": _pretrain, "finetune": run_finetune, "show": _show, "configs": _configs, "plan": run_plan,
     "submit": run_submit, "hosts": run_hosts, "bench": _bench, "shards": run_shards, "inspect": run_inspect,
-    "consolidate": run_consolidate, "probe": run_probe, "evaluate": run_evaluate,
+    "consolidate": run_consolidate, "probe": run_probe, "evaluate": run_evaluate, "look": run_look,
 }  # fmt: skip

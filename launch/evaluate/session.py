@@ -280,7 +280,8 @@ def _some(source: Source, count: int | None, seed: int, split: str) -> np.ndarra
     return np.sort(generator(seed, f"probe {split}", 0).permutation(len(source))[:count])
 
 
-def _workers(config: Config, world: World) -> int:
+def loader_workers(config: Config, world: World) -> int:
+    """Loader processes of this rank: as configured, or the cores that the encoder leaves."""
     if config.loader.workers != "auto":
         return config.loader.workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -355,7 +356,7 @@ def open_session(options: Options) -> Iterator[Session]:
             "val": _some(val, options.val_images, config.seed, "val"),
         }
         batch = config.loader.micro_batch or (256 if world.device.type == "cuda" else 64)
-        reading = Reading(_workers(config, world), batch, config.loader.prefetch, config.data.on_error)
+        reading = Reading(loader_workers(config, world), batch, config.loader.prefetch, config.data.on_error)
         view = CentreView(config.model.image_size, config.data.interpolation)
         sample = Views(train, chosen["train"][:batch], view, batch)[0].images.to(world.device)
         precision = choose_compute(method, config.engine.precision, world.device, sample, config.engine.compile)
