@@ -148,6 +148,20 @@ def _parser() -> argparse.ArgumentParser:
     scaling.add_argument("--steps", type=positive, default=5, help="steps of one turn")
     scaling.add_argument("--rounds", type=positive, default=5, help="turns of each number of ranks")
     scaling.add_argument("--network", action="store_true", help="also time collectives, against the planner's model")
+    text = "Extracting features of a folder, decoding and all, against the encoder's forward alone, in turns."
+    features = bench.add_parser("features", help=text, description=text)
+    features.add_argument("checkpoint", type=Path, help="a run, a checkpoint folder, or a file of weights")
+    features.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="settings, e.g. data.path=FOLDER"
+    )
+    features.add_argument("--recipe", help="that describes the encoder, where a file of weights does not")
+    features.add_argument("--images", type=positive, default=2048, help="of one turn")
+    features.add_argument("--rounds", type=positive, default=5, help="turns of each")
+    features.add_argument("--layers", type=int, choices=(1, 4), default=1, help="last layers that are pooled")
+    text = "Exact k-NN of random features: seconds and memory."
+    nearest = bench.add_parser("nearest", help=text, description=text)
+    for name, default in (("train", 50_000), ("val", 10_000), ("width", 768)):
+        nearest.add_argument(f"--{name}", type=positive, default=default, help=f"({default})")
     for command in bench.choices.values():
         command.add_argument("--json", type=Path, metavar="FILE", help="write the result there as well")
     return parser
@@ -242,6 +256,19 @@ def _bench(arguments: argparse.Namespace) -> int:
         except DataError as error:
             raise UserError(str(error)) from error
         print_data_table(result)
+    elif arguments.part == "features":
+        from .bench_features import bench_features, print_features_table
+
+        result = bench_features(
+            arguments.checkpoint, arguments.overrides, arguments.recipe, arguments.images, arguments.rounds,
+            arguments.layers,
+        )  # fmt: skip
+        print_features_table(result)
+    elif arguments.part == "nearest":
+        from .bench_features import bench_nearest, print_nearest_table
+
+        result = bench_nearest(arguments.train, arguments.val, arguments.width)
+        print_nearest_table(result)
     elif arguments.part == "scaling":
         from .bench_scaling import bench_scaling, print_scaling_table
 

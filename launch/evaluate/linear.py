@@ -16,7 +16,7 @@ from ...data.streams import generator
 # these epochs.
 BATCH, MOMENTUM, EPOCHS, MILESTONES = 256, 0.9, 28, (8, 16, 24)
 PUBLISHED = (0.01, 5e-4)
-RATES, DECAYS = (0.003, 0.01, 0.03, 0.1, 0.3), (0.0, 5e-4)
+RATES, DECAYS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0), (0.0, 5e-4)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..world import World
 
 WHAT = ("pca", "neighbours", "reconstruction")
-_SIDE, _MOST, _NEAREST = 128, 16, 6
+_SIDE, _MOST, _NEAREST, _ACROSS = 128, 16, 6, 3
 
 
 def add_look_command(commands: Any) -> None:
@@ -258,13 +258,18 @@ def _reconstruction(checkpoint: Path, names: list[str], what: str) -> Tensor:
     visible = torch.from_numpy(masks(config.seed, 0, 0, np.arange(len(images))).visible[:, 0])
     with torch.inference_mode():
         painted, masked = method.eval().repaint(images, visible, tensors)
-    return draw_reconstructions(images, masked, 255 * painted, method.encoder.grid, count=len(images))
+    picture = draw_reconstructions(images, masked, 255 * painted, method.encoder.grid, count=len(images))
+    rows = picture.chunk(len(images), dim=1)
+    columns = [torch.cat(rows[i::_ACROSS], dim=1) for i in range(min(_ACROSS, len(rows)))]
+    return torch.cat([_padded(column, column.shape[2] + 12, columns[0].shape[1]) for column in columns], dim=2)
 
 
-def _padded(picture: Tensor, width: int) -> Tensor:
+def _padded(picture: Tensor, width: int, height: int | None = None) -> Tensor:
+    """A picture with white to its right and below it."""
     import torch
 
-    return torch.nn.functional.pad(picture, (0, width - picture.shape[2]), value=255)
+    more = (height or picture.shape[1]) - picture.shape[1]
+    return torch.nn.functional.pad(picture, (0, width - picture.shape[2], 0, more), value=255)
 
 
 def _save(parts: list[Tensor], path: Path) -> None:

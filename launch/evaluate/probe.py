@@ -59,7 +59,7 @@ def add_probe_arguments(command: argparse.ArgumentParser) -> None:
     group.add_argument("--lambda", type=_positive, metavar="L", dest="strength", help="of the l2 penalty (0.0025)")
     group = command.add_argument_group("linear")
     group.add_argument("--layers", choices=("last", "last4", "both"), help="inputs (both; last in a quick suite)")
-    group.add_argument("--rates", type=_numbers, metavar="A,B", help="for a batch of 256 (0.003,0.01,0.03,0.1,0.3)")
+    group.add_argument("--rates", type=_numbers, metavar="A,B", help="for a batch of 256 (0.003 to 1)")
     group.add_argument("--decays", type=_numbers, metavar="A,B", help="weight decays (0,5e-4)")
     group.add_argument("--epochs", type=_count, metavar="N", help="(28)")
     group.add_argument("--augment", action="store_true",

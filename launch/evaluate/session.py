@@ -28,6 +28,7 @@ from ..config import Config, overridden
 from ..errors import UserError
 from ..load import load_described
 from ..monitor import hardware
+from ..nodes.guard import RankFailed
 from ..world import World, join
 from .features import Reading, all_tokens, extract, pooled_layers
 from .precision import choose_compute
@@ -330,7 +331,12 @@ def joined(options: Options) -> Iterator[tuple[World, Method, Config, str]]:
         with data_errors():
             yield world, method, config, what
     except BaseException as error:
-        world.guard.failed(error)
+        try:
+            world.guard.failed(error)
+        except RankFailed as failed:  # another's, which said so
+            raise SystemExit(failed.status) from error
+        if getattr(error, "said", False) and not isinstance(error, UserError):
+            raise SystemExit(1) from error
         raise
     finally:
         world.close()
