@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ...data.images import Source
+from ...data.shard_names import original_name
 from ...data.streams import generator
 from ..errors import UserError
 from .nearest import statistics
@@ -168,7 +169,7 @@ def read_list(path: Path, source: Source) -> np.ndarray:
     for line in lines:
         wanted.setdefault(line.stem.rpartition("/")[2], []).append(line)
     for i in range(len(source)):
-        stem = _stem(source.name(i))
+        stem = _stem(original_name(source, i))
         for line in wanted.get(stem.rpartition("/")[2], ()):
             if f"/{stem}".endswith(f"/{line.stem.removeprefix('./')}"):
                 line.found.append(i)
