@@ -21,7 +21,8 @@ from .consistency import contradiction
 from .errors import UserError
 
 RECIPES = Path(__file__).resolve().parent.parent / "configs"
-TASKS = ("classify", "segment", "detect")  # methods that are trained on labels, from a pre-trained encoder
+# Methods that are trained on labels, from a pre-trained encoder, and the command of each.
+TASKS = {"classify": "finetune", "segment": "segment", "detect": "detect"}
 RESULT_SECTIONS = ("seed", "model", "method", "mask", "data", "optim", "init")
 # Another machine, the same pictures.
 MAY_MOVE = ("data.path", "data.val_path", "data.source", "data.on_error", "data.max_corrupt")
@@ -349,6 +350,15 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+
+def refuse_task(config: Config, what: str) -> None:
+    """Raise UserError for a task's recipe where `what` knows pre-training alone."""
+    if config.method.kind in TASKS:
+        raise UserError(
+            f"{what} is for pre-training, and this recipe trains a task (method.kind={config.method.kind}): name "
+            "another recipe; `elsewhere configs` lists them."
+        )
 
 
 def recipe_names() -> list[str]:
