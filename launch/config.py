@@ -372,7 +372,17 @@ def load_config(recipe: str, overrides: Sequence[str] | Mapping[str, Any] = ()) 
 
     Raises UserError for an unknown recipe, key or value.
     """
-    merged, what = OmegaConf.create(_read(recipe, None, ())), f"The overrides of {recipe}"
+    config = overridden(_read(recipe, None, ()), overrides, f"of {recipe}")
+    if config.run.dir is None:
+        config.run.dir = str(Path("runs") / (recipe if recipe in recipe_names() else Path(recipe).stem))
+    return config
+
+
+def overridden(
+    values: Mapping[str, Any], overrides: Sequence[str] | Mapping[str, Any], whose: str = "of the checkpoint"
+) -> Config:
+    """The configuration of nested `values` with `key=value` overrides; UserError for an unknown key or value."""
+    merged, what = OmegaConf.create(dict(values)), f"The overrides {whose}"
     try:
         if isinstance(overrides, Mapping):
             for key, value in overrides.items():
@@ -385,18 +395,15 @@ def load_config(recipe: str, overrides: Sequence[str] | Mapping[str, Any] = ()) 
                     raise UserError(f"{item!r} is not an override; write key=value, e.g. optim.lr=1e-3.")
                 key, _, value = item.partition("=")
                 merged.merge_with_dotlist([f"{SHORT_NAMES.get(key, key)}={value}"])
-            what = f"The overrides of {recipe}"
-        values = OmegaConf.to_container(merged, resolve=True)
+            what = f"The overrides {whose}"
+        found = OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, yaml.YAMLError, AttributeError, TypeError) as error:
         raise UserError(f"{what} cannot be read: {_first_line(error)}.") from error
-    assert isinstance(values, dict)
+    assert isinstance(found, dict)
     try:
-        config = Config.model_validate(values)
+        return Config.model_validate(found)
     except ValidationError as error:
         raise UserError(explain(error, list(setting_names()))) from error
-    if config.run.dir is None:
-        config.run.dir = str(Path("runs") / (recipe if recipe in recipe_names() else Path(recipe).stem))
-    return config
 
 
 def _read(recipe: str, beside: Path | None, seen: tuple[Path, ...]) -> dict[str, Any]:
