@@ -34,9 +34,24 @@ def load(path: str | Path, which: str = "teacher", recipe: str | None = None, al
     or left over. The normalisation that it was trained with is in `encoder.pixel_mean` and `pixel_std`.
     Raises UserError if it cannot be read, and for anything that has no place in the encoder or is missing.
     """
+    return load_described(path, which, recipe, allow)[0]
+
+
+def load_described(
+    path: str | Path, which: str = "teacher", recipe: str | None = None, allow: Sequence[str] = ()
+) -> tuple[Encoder, Config, str]:
+    """As `load`, with the configuration that describes the encoder, and what it is in words."""
     if which not in ("teacher", "student"):
         raise UserError(f"which={which!r} is not possible; choose teacher or student.")
     weights = encoder_weights(path, which)
+    encoder, config = encoder_with(weights, str(path), recipe, allow)
+    return encoder, config, weights.what
+
+
+def encoder_with(
+    weights: EncoderWeights, path: str, recipe: str | None = None, allow: Sequence[str] = ()
+) -> tuple[Encoder, Config]:
+    """The encoder that `weights`, read from `path`, fill, and its configuration; see `load`."""
     weights.check_read(allow)
     config = weights.config if recipe is None else load_config(recipe)
     if config is None:
@@ -47,9 +62,9 @@ def load(path: str | Path, which: str = "teacher", recipe: str | None = None, al
     if weights.pooled:
         encoder.norm, encoder.fc_norm = nn.Identity(), norm_layer(eps=config.model.norm_eps)(encoder.num_features)
     source = _source(weights, encoder) if recipe is not None and weights.foreign is not None else None
-    _take_up(encoder, weights.state, str(path), allow, source)
+    _take_up(encoder, weights.state, path, allow, source)
     encoder.pixel_mean, encoder.pixel_std = pixel_statistics(config.data, config.model.channels)  # pyright: ignore
-    return encoder.eval()
+    return encoder.eval(), config
 
 
 def _take_up(
