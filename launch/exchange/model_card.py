@@ -176,7 +176,7 @@ def _origin(weights: EncoderWeights, config: Config) -> dict[str, Any]:
 def _own(started: str) -> bool:
     """Whether the weights that a run started from are one of ours; what cannot be read any more counts as foreign."""
     try:
-        return encoder_weights(started).foreign is None
+        return not started.startswith("timm:") and encoder_weights(started).foreign is None
     except UserError:
         return False
 
