@@ -64,6 +64,7 @@ setup(
             "psutil>=5.9",
             "hypothesis>=6.100",
             "transformers>=4.45",
+            "huggingface_hub>=0.24",
             "build>=1.2",
             "setuptools>=70.1",
             "tifffile>=2024.1",
