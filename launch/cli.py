@@ -26,6 +26,7 @@ from .errors import UserError, first_of_machine, print_error  # noqa: E402
 from .evaluate.finetune_command import add_finetune_command, run_finetune  # noqa: E402
 from .evaluate.look import add_look_command, run_look  # noqa: E402
 from .evaluate.probe import add_probe_command, run_probe  # noqa: E402
+from .evaluate.reproduce import add_reproduce_command, run_reproduce  # noqa: E402
 from .evaluate.suite import add_evaluate_command, run_evaluate  # noqa: E402
 from .inspect_path import add_inspect_command, run_inspect  # noqa: E402
 from .nodes.check_hosts import add_hosts_command, run_hosts  # noqa: E402
@@ -77,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     add_consolidate_command(commands)
     add_probe_command(commands)
     add_evaluate_command(commands)
+    add_reproduce_command(commands)
     add_look_command(commands)
     bench = commands.add_parser("bench", help="Measure a part on this machine.").add_subparsers(
         dest="part", required=True, metavar="PART"
@@ -323,5 +325,6 @@ def _bench_kernels(arguments: argparse.Namespace) -> dict[str, Any]:
 _COMMANDS = {
     "pretrain": _pretrain, "finetune": run_finetune, "show": _show, "configs": _configs, "plan": run_plan,
     "submit": run_submit, "hosts": run_hosts, "bench": _bench, "shards": run_shards, "inspect": run_inspect,
-    "consolidate": run_consolidate, "probe": run_probe, "evaluate": run_evaluate, "look": run_look,
+    "consolidate": run_consolidate, "probe": run_probe, "evaluate": run_evaluate,
+    "reproduce": run_reproduce, "look": run_look,
 }  # fmt: skip
