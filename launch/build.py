@@ -73,7 +73,8 @@ def build_encoder(config: Config) -> Encoder:
     with user_errors():
         encoder = Encoder(
             model.image_size, model.patch_size, model.channels, size, positions=model.positions,
-            class_token=class_token, relative=_relative(config), drop_path=model.drop_path, **_init(config),
+            class_token=class_token, relative=_relative(config), drop_path=model.drop_path,
+            norm_eps=model.norm_eps, **_init(config),
         )  # fmt: skip
     if config.method.kind == "classify" and config.method.classifier.pool == "mean":
         encoder.norm = nn.Identity()  # the classifier norms what it has pooled

@@ -78,6 +78,7 @@ class Model(Section):
     class_token: bool | None = None  # None: as the method has it (jepa none, the others one)
     relative: RelativeSection = RelativeSection()
     norm: Literal["torch", "apex"] = "torch"
+    norm_eps: Positive = 1e-6  # of the encoder's layer norms; other projects' weights may have another
     init: Literal["normal", "xavier"] = "normal"
     init_std: Positive = 0.02  # of every Linear (normal); narrow encoders want more, e.g. 0.55 / sqrt(width)
     depth_scaled_init: bool = True

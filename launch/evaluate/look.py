@@ -236,7 +236,7 @@ def _reconstruction(checkpoint: Path, names: list[str], what: str) -> Tensor:
     from ...models.mae import Mae
     from ..build import build_masks, build_method
     from ..config import Config
-    from ..load import find_checkpoint
+    from ..encoder_weights import find_checkpoint
     from ..pictures import draw_reconstructions
 
     saved = find_checkpoint(checkpoint) if checkpoint.is_dir() else None
