@@ -43,6 +43,7 @@ def add_reproduce_command(commands: Any) -> None:
 
 def run_reproduce(arguments: argparse.Namespace) -> int:
     """Run `elsewhere reproduce`; the exit status. Raises UserError for something to mend."""
+    from ...models import zoo_published
     from .session import SETTINGS
 
     published = _find(arguments.name)
@@ -52,6 +53,9 @@ def run_reproduce(arguments: argparse.Namespace) -> int:
     tuning = [item for item in arguments.overrides if item not in model and item not in common]
     if tuning and "finetune" not in wanted:
         raise UserError(f"{tuning[0]} is a setting of fine-tuning, which is not measured here; leave it out.")
+    if arguments.name in zoo_published.PUBLISHED and not model and arguments.weights.is_file():
+        # By that name it is checked to be this checkpoint, and what its tensors leave open is known.
+        arguments.weights = Path(f"zoo:{arguments.name}={arguments.weights}")
     check_architecture(arguments.weights, arguments.name, published, model)
     folder = arguments.output or Path("reproduce") / arguments.name
     rows: list[dict[str, Any]] = []
@@ -87,14 +91,18 @@ def _wanted(only: str | None, published: Published) -> list[str]:
 
 def check_architecture(weights: Path, name: str, published: Published, overrides: Sequence[str]) -> None:
     """Raise UserError where a file's encoder is not that of the published checkpoint."""
-    from ..build import encoder_size
-    from ..config import load_config
-    from ..load import encoder_state
+    import torch
 
-    _, what, found = encoder_state(weights)
-    if found is None:
-        return
+    from ..build import build_encoder, encoder_size
+    from ..config import load_config
+    from ..encoder_weights import encoder_weights
+
     expected = load_config(published.recipe, overrides)
+    read = encoder_weights(weights)
+    with torch.device("meta"):
+        found = read.for_encoder(build_encoder(expected))
+    if found is None:
+        raise UserError(f"{read.what} does not say what encoder it is of; give the published file.")
 
     def facts(config: Config) -> dict[str, Any]:
         size, model = encoder_size(config), config.model
@@ -107,7 +115,7 @@ def check_architecture(weights: Path, name: str, published: Published, overrides
     theirs, ours = facts(found), facts(expected)
     for key, value in ours.items():
         if theirs[key] != value:
-            raise UserError(f"{what} is not {name}: its {key} is {theirs[key]}, and that of {name} {value}.")
+            raise UserError(f"{read.what} is not {name}: its {key} is {theirs[key]}, and that of {name} {value}.")
 
 
 def _probed(
