@@ -51,6 +51,7 @@ def test_every_published_figure_names_recipes_that_are_there():
             assert (tuned.model.relative.terms, tuned.model.patch_size) == (config.model.relative.terms, 16), name
 
 
+@pytest.mark.long
 def test_the_frozen_protocols_are_the_probes_own_figures(released, tmp_path, capsys):
     assert reproduce("stop_vit_b16", released, tmp_path / "out", "--cached") == 0, capsys.readouterr().err
     said = capsys.readouterr().out
@@ -66,6 +67,7 @@ def test_the_frozen_protocols_are_the_probes_own_figures(released, tmp_path, cap
     assert rows["linear"]["top1"] > 0.2, "twice what chance gives"
 
 
+@pytest.mark.long
 def test_fine_tuning_is_a_run_of_the_published_recipe(released, tmp_path):
     settings = {
         "optim.steps": 3, "optim.batch_size": 32, "monitor.tensorboard": False, "data.rand_augment": None,
