@@ -26,7 +26,7 @@ RESULT_SECTIONS = ("seed", "model", "method", "mask", "data", "optim", "init")
 # Another machine, the same pictures.
 MAY_MOVE = ("data.path", "data.val_path", "data.source", "data.on_error", "data.max_corrupt")
 
-_SHORT = {"optim.blr": "optim.base_lr"}  # as the released MAE and AdPE call it
+SHORT_NAMES = {"optim.blr": "optim.base_lr"}  # as the released MAE and AdPE call it
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -366,7 +366,7 @@ def load_config(recipe: str, overrides: Sequence[str] | Mapping[str, Any] = ()) 
     try:
         if isinstance(overrides, Mapping):
             for key, value in overrides.items():
-                key = _SHORT.get(key, key)
+                key = SHORT_NAMES.get(key, key)
                 OmegaConf.update(merged, key.replace("__", "."), str(value) if isinstance(value, Path) else value)
         else:
             for item in overrides:
@@ -374,7 +374,7 @@ def load_config(recipe: str, overrides: Sequence[str] | Mapping[str, Any] = ()) 
                 if "=" not in item or item.startswith("="):
                     raise UserError(f"{item!r} is not an override; write key=value, e.g. optim.lr=1e-3.")
                 key, _, value = item.partition("=")
-                merged.merge_with_dotlist([f"{_SHORT.get(key, key)}={value}"])
+                merged.merge_with_dotlist([f"{SHORT_NAMES.get(key, key)}={value}"])
             what = f"The overrides of {recipe}"
         values = OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, yaml.YAMLError, AttributeError, TypeError) as error:
