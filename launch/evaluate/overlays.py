@@ -19,7 +19,7 @@ def palette(classes: int) -> np.ndarray:
 
 
 def overlay(image: np.ndarray, labels: np.ndarray, colours: np.ndarray, strength: float = 0.6) -> np.ndarray:
-    """uint8 `[H, W, 3]`: the image in grey under the colours of its labels `[H, W]`; ignored pixels stay as they are."""
+    """uint8 `[H, W, 3]`: the image in grey under the colours of its labels `[H, W]`; ignored pixels stay."""
     rgb = _rgb(image).astype(np.float32)
     grey = rgb.mean(axis=2, keepdims=True)
     table = np.zeros((256, 3), dtype=np.float32)

@@ -6,14 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from rich.console import Console
 from torch import nn
 
 from ...data.images import DataError, NoHeldOutImages
 from ...data.map_augment import MapAugment, MapBatches
-from ...data.segmentation import MaskDataset, MaskFolder, Maps, check_some
+from ...data.segmentation import Maps, MaskDataset, MaskFolder, check_some
 from ...models.segmenter import Segmenter
 from ...models.vit import norm_layer
 from ..build import build_method, pixel_statistics
