@@ -85,10 +85,11 @@ class Segmenter(Method):
 
     def maps(self, images: Tensor) -> list[Tensor]:
         """The pyramid of images `[B, C, H, W]`, uint8 or in 0…255: four of `[B, D, ·, ·]`, finest first."""
-        found = self.encoder.forward_intermediates(
-            self.normalise(images), self.depths, intermediates_only=True, stop_early=True
+        depths = sorted(set(self.depths))
+        found: list = self.encoder.forward_intermediates(  # pyright: ignore
+            self.normalise(images), depths, intermediates_only=True, stop_early=True
         )
-        return self.pyramid(found)  # pyright: ignore
+        return self.pyramid([found[depths.index(depth)] for depth in self.depths])
 
     def logits(self, images: Tensor, batch: LabelledMaps | None = None) -> list[Tensor]:
         """`[B, classes, H, W]` float32 of the head and, in training on `batch`, of the auxiliary head."""

@@ -19,10 +19,15 @@ NORMS = ("group", "batch")
 
 
 def norm_of(kind: str, channels: int) -> nn.Module:
-    """GroupNorm of up to 32 groups, or BatchNorm with the statistics of all ranks; ValueError for others."""
+    """GroupNorm of up to 32 groups of 8 channels or more, or BatchNorm over all ranks; ValueError for others."""
     if kind not in NORMS:
         raise ValueError(f"method.segmenter.norm={kind!r} is not known; choose one of {', '.join(NORMS)}.")
-    return nn.GroupNorm(math.gcd(32, channels), channels) if kind == "group" else SyncedBatchNorm(channels)
+    if kind == "batch":
+        return SyncedBatchNorm(channels)
+    groups = math.gcd(32, channels)
+    while groups > 1 and channels < 8 * groups:  # a pooled map of one pixel has no more than its group's channels
+        groups //= 2
+    return nn.GroupNorm(groups, channels)
 
 
 def convolution(inputs: int, outputs: int, kernel: int, norm: str) -> nn.Sequential:
