@@ -203,8 +203,10 @@ def test_resizing_keeps_what_has_the_size():
 
 def test_poly_is_mmsegmentation_s_schedule():
     """Warm-up is a factor on the falling rate, from its first step on; without one it falls from the peak."""
-    schedule = Schedules(steps_per_epoch=10, epochs=16, lr=2e-4, start_lr=2e-10, final_lr=0, warmup_epochs=1.5,
-                         weight_decay=0.05, final_weight_decay=0.05, first_counter=0, whole_steps=False, power=1.0)  # fmt: skip
+    schedule = Schedules(
+        steps_per_epoch=10, epochs=16, lr=2e-4, start_lr=2e-10, final_lr=0, warmup_epochs=1.5, weight_decay=0.05,
+        final_weight_decay=0.05, first_counter=0, whole_steps=False, power=1.0,
+    )  # fmt: skip
     for step in (0, 1, 7, 14, 15, 16, 80, 159):
         regular = (1 - step / 160) ** 1.0 * 2e-4
         wanted = regular * (1 - (1 - step / 15) * (1 - 1e-6)) if step < 15 else regular
