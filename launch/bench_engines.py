@@ -20,7 +20,7 @@ from ..data.batch import Batch
 from .bench_bytes import STATES, bytes_held
 from .bench_loops import ADVERSARY_LR, LR, deepspeed_settings, fixed_batches, fresh_method, overhead
 from .checkpoint import Checkpoints
-from .config import Config, load_config
+from .config import Config, load_config, refuse_task
 from .engine.base import Engine
 from .engine.choose import build_engine, check_engine
 from .engine.ds_settings import offloads_optimizer
@@ -56,6 +56,8 @@ def bench_engines(
     if unknown:
         raise UserError(f"--measure {unknown[0]} is not known; choose among {', '.join(MEASURES)}.")
     configs = {name: load_config(recipe, [*overrides, *engine_settings(name)]) for name in engines}
+    for config in configs.values():
+        refuse_task(config, "`elsewhere bench engines`")
     first = next(iter(configs.values()))
     world = join(first.engine.device, group=True)
     batch = batch or first.loader.micro_batch or (128 if world.device.type == "cuda" else 8)

@@ -12,7 +12,7 @@ from datetime import date
 from multiprocessing.connection import Connection
 from typing import Any
 
-from .config import load_config
+from .config import load_config, refuse_task
 from .errors import UserError
 
 
@@ -42,7 +42,8 @@ def bench_scaling(
     from .bench_engines import engine_settings
 
     overrides = [*overrides, *engine_settings(engine)]
-    load_config(recipe, overrides)  # before the first is built: that takes seconds
+    # Before the first is built: that takes seconds.
+    refuse_task(load_config(recipe, overrides), "`elsewhere bench scaling`")
     threads = max(cores() // counts[-1], 1)
     groups: list[_Group] = []
     rows = []

@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from .config import load_config
+from .config import load_config, refuse_task
 from .errors import UserError
 
 
@@ -44,7 +44,9 @@ def bench_step(
     cannot be built.
     """
     for recipe, overrides in cases:  # before the first is built: that takes seconds
-        load_config(recipe, overrides)
+        config = load_config(recipe, overrides)
+        if config.method.kind != "classify":
+            refuse_task(config, "`elsewhere bench step`")
     context = multiprocessing.get_context("spawn")
     children, rows = [], []
     try:
@@ -133,8 +135,8 @@ def _build(recipe: str, overrides: list[str], batch: int | None):
     ids = np.arange(batch)
     views = (config.data.views,) if config.data.views > 1 else ()
     shape = (batch, *views, config.model.channels, *config.model.image_size)
-    made = masks(config.seed, 0, 0, ids)
-    drawn = {name: getattr(made, name) for name in ("context", "targets", "visible")}
+    made = masks(config.seed, 0, 0, ids) if masks else None
+    drawn = {name: getattr(made, name, None) for name in ("context", "targets", "visible")}
     parts: dict[str, Any] = {name: torch.from_numpy(part) for name, part in drawn.items() if part is not None}
     data = Batch(
         images=torch.randint(0, 256, shape, dtype=torch.uint8), sample_ids=torch.from_numpy(ids),

@@ -76,8 +76,9 @@ def build_encoder(config: Config) -> Encoder:
             model.image_size, model.patch_size, model.channels, size, positions=model.positions,
             class_token=class_token, relative=_relative(config), drop_path=model.drop_path, **_init(config),
         )  # fmt: skip
-    if config.method.kind == "classify" and config.method.classifier.pool == "mean":
-        encoder.norm = nn.Identity()  # the classifier norms what it has pooled
+    pooled = config.method.kind == "classify" and config.method.classifier.pool == "mean"
+    if pooled or config.method.kind == "segment":
+        encoder.norm = nn.Identity()  # the classifier norms what it has pooled; the pyramid takes outputs of blocks
     return encoder
 
 

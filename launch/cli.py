@@ -24,7 +24,10 @@ from typing import TYPE_CHECKING, Any, NoReturn  # noqa: E402
 from .consolidate import add_consolidate_command, run_consolidate  # noqa: E402
 from .errors import UserError, first_of_machine, print_error  # noqa: E402
 from .evaluate.finetune_command import add_finetune_command, run_finetune  # noqa: E402
+from .evaluate.look import add_look_command, run_look  # noqa: E402
+from .evaluate.probe import add_probe_command, run_probe  # noqa: E402
 from .evaluate.segment_command import add_segment_command, run_segment  # noqa: E402
+from .evaluate.suite import add_evaluate_command, run_evaluate  # noqa: E402
 from .inspect_path import add_inspect_command, run_inspect  # noqa: E402
 from .nodes.check_hosts import add_hosts_command, run_hosts  # noqa: E402
 from .nodes.submit import add_submit_command, run_submit  # noqa: E402
@@ -74,6 +77,9 @@ def _parser() -> argparse.ArgumentParser:
     add_shards_command(commands)
     add_inspect_command(commands)
     add_consolidate_command(commands)
+    add_probe_command(commands)
+    add_evaluate_command(commands)
+    add_look_command(commands)
     bench = commands.add_parser("bench", help="Measure a part on this machine.").add_subparsers(
         dest="part", required=True, metavar="PART"
     )
@@ -144,6 +150,20 @@ def _parser() -> argparse.ArgumentParser:
     scaling.add_argument("--steps", type=positive, default=5, help="steps of one turn")
     scaling.add_argument("--rounds", type=positive, default=5, help="turns of each number of ranks")
     scaling.add_argument("--network", action="store_true", help="also time collectives, against the planner's model")
+    text = "Extracting features of a folder, decoding and all, against the encoder's forward alone, in turns."
+    features = bench.add_parser("features", help=text, description=text)
+    features.add_argument("checkpoint", type=Path, help="a run, a checkpoint folder, or a file of weights")
+    features.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="settings, e.g. data.path=FOLDER"
+    )
+    features.add_argument("--recipe", help="that describes the encoder, where a file of weights does not")
+    features.add_argument("--images", type=positive, default=2048, help="of one turn")
+    features.add_argument("--rounds", type=positive, default=5, help="turns of each")
+    features.add_argument("--layers", type=int, choices=(1, 4), default=1, help="last layers that are pooled")
+    text = "Exact k-NN of random features: seconds and memory."
+    nearest = bench.add_parser("nearest", help=text, description=text)
+    for name, default in (("train", 50_000), ("val", 10_000), ("width", 768)):
+        nearest.add_argument(f"--{name}", type=positive, default=default, help=f"({default})")
     for command in bench.choices.values():
         command.add_argument("--json", type=Path, metavar="FILE", help="write the result there as well")
     return parser
@@ -238,6 +258,19 @@ def _bench(arguments: argparse.Namespace) -> int:
         except DataError as error:
             raise UserError(str(error)) from error
         print_data_table(result)
+    elif arguments.part == "features":
+        from .bench_features import bench_features, print_features_table
+
+        result = bench_features(
+            arguments.checkpoint, arguments.overrides, arguments.recipe, arguments.images, arguments.rounds,
+            arguments.layers,
+        )  # fmt: skip
+        print_features_table(result)
+    elif arguments.part == "nearest":
+        from .bench_features import bench_nearest, print_nearest_table
+
+        result = bench_nearest(arguments.train, arguments.val, arguments.width)
+        print_nearest_table(result)
     elif arguments.part == "scaling":
         from .bench_scaling import bench_scaling, print_scaling_table
 
@@ -293,5 +326,5 @@ _COMMANDS = {
     "pretrain": _pretrain, "finetune": run_finetune, "segment": run_segment, "show": _show,
     "configs": _configs, "plan": run_plan,
     "submit": run_submit, "hosts": run_hosts, "bench": _bench, "shards": run_shards, "inspect": run_inspect,
-    "consolidate": run_consolidate,
+    "consolidate": run_consolidate, "probe": run_probe, "evaluate": run_evaluate, "look": run_look,
 }  # fmt: skip

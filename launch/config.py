@@ -21,7 +21,8 @@ from .consistency import contradiction
 from .errors import UserError
 
 RECIPES = Path(__file__).resolve().parent.parent / "configs"
-TASKS = ("classify", "segment", "detect")  # methods that are trained on labels, from a pre-trained encoder
+# Methods that are trained on labels, from a pre-trained encoder, and the command of each.
+TASKS = {"classify": "finetune", "segment": "segment", "detect": "detect"}
 RESULT_SECTIONS = ("seed", "model", "method", "mask", "data", "optim", "init")
 # Another machine, the same pictures.
 MAY_MOVE = ("data.path", "data.val_path", "data.source", "data.on_error", "data.max_corrupt")
@@ -389,6 +390,15 @@ class Config(Section):
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
 
+def refuse_task(config: Config, what: str) -> None:
+    """Raise UserError for a task's recipe where `what` knows pre-training alone."""
+    if config.method.kind in TASKS:
+        raise UserError(
+            f"{what} is for pre-training, and this recipe trains a task (method.kind={config.method.kind}): name "
+            "another recipe; `elsewhere configs` lists them."
+        )
+
+
 def recipe_names() -> list[str]:
     """Names of the packaged recipes, e.g. `demo` and `published/stop_vit_b16`."""
     paths = sorted(RECIPES.rglob("*.yaml"), key=lambda p: (len(p.parts), p))
@@ -400,7 +410,17 @@ def load_config(recipe: str, overrides: Sequence[str] | Mapping[str, Any] = ()) 
 
     Raises UserError for an unknown recipe, key or value.
     """
-    merged, what = OmegaConf.create(_read(recipe, None, ())), f"The overrides of {recipe}"
+    config = overridden(_read(recipe, None, ()), overrides, f"of {recipe}")
+    if config.run.dir is None:
+        config.run.dir = str(Path("runs") / (recipe if recipe in recipe_names() else Path(recipe).stem))
+    return config
+
+
+def overridden(
+    values: Mapping[str, Any], overrides: Sequence[str] | Mapping[str, Any], whose: str = "of the checkpoint"
+) -> Config:
+    """The configuration of nested `values` with `key=value` overrides; UserError for an unknown key or value."""
+    merged, what = OmegaConf.create(dict(values)), f"The overrides {whose}"
     try:
         if isinstance(overrides, Mapping):
             for key, value in overrides.items():
@@ -413,18 +433,15 @@ def load_config(recipe: str, overrides: Sequence[str] | Mapping[str, Any] = ()) 
                     raise UserError(f"{item!r} is not an override; write key=value, e.g. optim.lr=1e-3.")
                 key, _, value = item.partition("=")
                 merged.merge_with_dotlist([f"{SHORT_NAMES.get(key, key)}={value}"])
-            what = f"The overrides of {recipe}"
-        values = OmegaConf.to_container(merged, resolve=True)
+            what = f"The overrides {whose}"
+        found = OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, yaml.YAMLError, AttributeError, TypeError) as error:
         raise UserError(f"{what} cannot be read: {_first_line(error)}.") from error
-    assert isinstance(values, dict)
+    assert isinstance(found, dict)
     try:
-        config = Config.model_validate(values)
+        return Config.model_validate(found)
     except ValidationError as error:
         raise UserError(explain(error, list(setting_names()))) from error
-    if config.run.dir is None:
-        config.run.dir = str(Path("runs") / (recipe if recipe in recipe_names() else Path(recipe).stem))
-    return config
 
 
 def _read(recipe: str, beside: Path | None, seen: tuple[Path, ...]) -> dict[str, Any]:

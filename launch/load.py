@@ -163,10 +163,15 @@ def load(path: str | Path, which: str = "teacher", recipe: str | None = None) ->
     `pixel_std`.
     Raises UserError if it cannot be read.
     """
+    return load_described(path, which, recipe)[0]
+
+
+def load_described(path: str | Path, which: str = "teacher", recipe: str | None = None) -> tuple[Encoder, Config, str]:
+    """As `load`, with the configuration that describes the encoder, and what it is in words."""
     if which not in ("teacher", "student"):
         raise UserError(f"which={which!r} is not possible; choose teacher or student.")
     path = Path(path)
-    state, _, config = encoder_state(path, which)
+    state, what, config = encoder_state(path, which)
     if recipe is not None:
         config = load_config(recipe)
     if config is None:
@@ -174,7 +179,7 @@ def load(path: str | Path, which: str = "teacher", recipe: str | None = None) ->
     encoder = build_encoder(config)
     _take_up(encoder, state, str(path))
     encoder.pixel_mean, encoder.pixel_std = pixel_statistics(config.data, config.model.channels)  # pyright: ignore
-    return encoder.eval()
+    return encoder.eval(), config, what
 
 
 def start_task_encoder(

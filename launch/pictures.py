@@ -20,14 +20,14 @@ def _patch_map(patches: Tensor, grid: tuple[int, int], height: int, width: int) 
     return F.interpolate(chosen.reshape(1, 1, *grid), size=(height, width), mode="nearest")[0, 0].bool()
 
 
-def _enlarged(images: Tensor, side: int) -> Tensor:
+def enlarged(images: Tensor, side: int) -> Tensor:
     """Images `[B, C, H, W]` as float RGB (channels beyond three left out), enlarged to `side` without smoothing."""
     factor = max(1, -(-side // min(images.shape[-2:])))
     images = images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)
     return images.repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3).float()
 
 
-def _row(parts: list[Tensor]) -> Tensor:
+def side_by_side(parts: list[Tensor]) -> Tensor:
     """Pictures `[3, H, W]` side by side with a white frame each."""
     return torch.cat([F.pad(part, (2, 2, 2, 2), value=255) for part in parts], dim=2)
 
@@ -41,7 +41,7 @@ def draw_masks(
     `[T, B, Nt]`; small images are enlarged to `side` pixels without smoothing.
     """
     context, targets = context[:, :count].cpu(), targets[:, :count].cpu()
-    images = _enlarged(images[:count].cpu(), side)
+    images = enlarged(images[:count].cpu(), side)
     height, width = images.shape[-2:]
     rows = []
     for i, image in enumerate(images):
@@ -53,7 +53,7 @@ def draw_masks(
         for t, block in enumerate(targets[:, i]):
             colour = torch.tensor(_COLOURS[t % len(_COLOURS)], dtype=torch.float32)[:, None, None]
             painted = torch.where(_patch_map(block, grid, height, width), 0.6 * image + 0.4 * colour, painted)
-        rows.append(_row([image, known, painted]))
+        rows.append(side_by_side([image, known, painted]))
     return torch.cat(rows, dim=1).clamp(0, 255).to(torch.uint8)
 
 
@@ -64,12 +64,12 @@ def draw_reconstructions(
 
     `images` and `predicted` are `[B, C, H, W]` in 0…255, `masked` `[B, N]` bool.
     """
-    shown, painted = _enlarged(images[:count].cpu(), side), _enlarged(predicted[:count].cpu(), side)
+    shown, painted = enlarged(images[:count].cpu(), side), enlarged(predicted[:count].cpu(), side)
     rows = []
     for image, hidden, guess in zip(shown, masked[:count].cpu(), painted, strict=True):
         hidden = _patch_map(hidden.nonzero().flatten(), grid, *image.shape[-2:])
         grey = torch.where(hidden, torch.full_like(image, 128.0), image)
-        rows.append(_row([image, grey, torch.where(hidden, guess, image)]))
+        rows.append(side_by_side([image, grey, torch.where(hidden, guess, image)]))
     return torch.cat(rows, dim=1).clamp(0, 255).to(torch.uint8)
 
 

@@ -61,7 +61,7 @@ def pretrain(
     """
     config = recipe if isinstance(recipe, Config) else load_config(recipe, overrides)
     if config.method.kind in TASKS:
-        command = {"classify": "finetune"}.get(config.method.kind, config.method.kind)
+        command = TASKS[config.method.kind]
         raise UserError(f"This recipe trains a task on labels, not a method: use `elsewhere {command}`.")
     return run(
         config, Pretraining(), dataset, val_dataset=val_dataset, fresh=fresh, allow_config_change=allow_config_change,

@@ -7,38 +7,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
 
-from ..data.augment import evaluation_view
-from ..data.decode import UnreadableImage
 from ..data.images import Source
 from ..data.streams import generator
+from ..data.views import CentreView, Views, read_views
 from .config import Probe
 from .engine.base import Engine
-
-
-class EvaluationViews(Dataset):
-    """Evaluation views of chosen images; an unreadable one counts as none."""
-
-    def __init__(self, source: Source, indices: np.ndarray, size: tuple[int, int], interpolation: str):
-        self.source, self.indices, self.size, self.interpolation = source, indices, size, interpolation
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, i: int) -> tuple[torch.Tensor, int, int] | None:
-        index = int(self.indices[i])
-        try:
-            image = self.source.read(index)
-        except UnreadableImage:
-            return None
-        return evaluation_view(image, self.size, self.interpolation), self.source.label(index), i
-
-
-def stack_views(items: list) -> tuple[torch.Tensor, list[int], list[int]]:
-    items = [item for item in items if item is not None]
-    images = torch.stack([image for image, _, _ in items]) if items else torch.empty(0)
-    return images, [label for _, label, _ in items], [place for _, _, place in items]
+from .evaluate.low_shot import few_labels
+from .evaluate.nearest import Nearest
 
 
 def features(
@@ -55,50 +31,29 @@ def features(
     and gets all; images that cannot be read are left out.
     """
     world, encoder = engine.world, engine.method.encoder
-    views = EvaluationViews(source, indices[world.rank :: world.size], encoder.image_size, interpolation)
-    loader = iter(DataLoader(views, batch, num_workers=workers, collate_fn=stack_views))
+    size = encoder.image_size
+    views = Views(source, indices[world.rank :: world.size], CentreView(size, interpolation), batch)
+    batches = read_views(views, list(range(len(views))), workers)
     found, labels, places = [np.empty((0, encoder.num_features), np.float32)], [], []
-    nothing = torch.zeros(1, encoder.channels, *encoder.image_size)
+    nothing = torch.zeros(1, encoder.channels, *size)
     # The same number of forward passes on every rank, since weights may have to be gathered for each.
     for _ in range(-(-len(indices) // (world.size * batch))):
-        images, label, place = next(loader, (nothing[:0], [], []))
-        asked = engine.ask("observe", (images if len(images) else nothing).to(world.device))
-        if len(images):
+        viewed = next(batches, None)
+        asked = engine.ask("observe", (viewed.images if viewed and viewed.places else nothing).to(world.device))
+        if viewed and viewed.places:
             found.append(asked.cpu().numpy())
-            labels += label
-            places += [world.rank + world.size * i for i in place]
+            labels += viewed.labels
+            places += [world.rank + world.size * i for i in viewed.places]
     parts = world.gather_host((np.concatenate(found), labels, places))
     order = np.argsort(np.concatenate([part[2] for part in parts]))
     everything = np.concatenate([part[0] for part in parts])
     return everything[order], np.concatenate([part[1] for part in parts]).astype(np.int64)[order]
 
 
-def few_labels(labels: np.ndarray, per_class: int, seed: int, draw: int) -> np.ndarray:
-    """Indices of `per_class` images of every class (all, of a class that has fewer), another choice for each draw."""
-    rng = generator(seed, "few labels", draw)
-    return np.concatenate([rng.permutation(np.flatnonzero(labels == c))[:per_class] for c in np.unique(labels)])
-
-
 def knn_accuracy(train: np.ndarray, labels: np.ndarray, val: np.ndarray, truth: np.ndarray, neighbours: int) -> float:
-    """Share of `val` `[m, D]` whose class wins the vote of its nearest in `train`, weighted by exp(cosine / 0.07).
-
-    Features are standardised by training statistics first: an encoder without class token has a large common mean
-    (its positions), beside which the cosines of any two images differ by rounding alone.
-    """
-    from sklearn.neighbors import KNeighborsClassifier
-    from sklearn.preprocessing import StandardScaler
-
-    def weights(distances: np.ndarray) -> np.ndarray:
-        return np.exp(-distances / 0.07)
-
-    classifier = KNeighborsClassifier(
-        min(neighbours, len(train)),
-        weights=weights,  # pyright: ignore
-        metric="cosine",
-        algorithm="brute",
-    )
-    scaler = StandardScaler().fit(train)
-    return float(classifier.fit(scaler.transform(train), labels).score(scaler.transform(val), truth))
+    """Share of `val` `[m, D]` whose class wins the vote of its nearest in `train`, as `evaluate.nearest` has it."""
+    votes = Nearest(train, labels).votes(val, [neighbours])[0]
+    return float((votes.argmax(dim=1).numpy() == truth).mean())
 
 
 def linear_accuracy(train: np.ndarray, labels: np.ndarray, val: np.ndarray, truth: np.ndarray) -> float:

@@ -21,7 +21,7 @@ _SHAPES = (
     "model.size", "model.width", "model.depth", "model.heads", "model.mlp_ratio", "model.patch_size", "model.channels",
     "model.positions", "model.relative.terms", "model.relative.shared", "model.relative.method", "model.relative.mode",
     "model.relative.ratio", "method.kind", "method.decoder", "method.predictor", "method.mask_token",
-    "method.adversary.mode", "method.adversary.per",
+    "method.adversary.mode", "method.adversary.per", "method.classifier", "model.class_token", "model.image_size",
 )  # fmt: skip
 
 
@@ -103,6 +103,9 @@ def _efficiency_that_matters(config: Config, parts: Parts, saved: Saved) -> list
     micro_batch = saved.about.get("micro_batch", parts.micro_batch)
     if config.method.kind == "jepa" and config.mask.setting == "published" and micro_batch != parts.micro_batch:
         changed.append(f"images a micro-batch, which mask.setting=published cuts to one length: {micro_batch} -> "
+                       f"{parts.micro_batch}")  # fmt: skip
+    if (config.data.mixup or config.data.cutmix) and micro_batch != parts.micro_batch:
+        changed.append(f"images a micro-batch, which data.mixup and data.cutmix pair: {micro_batch} -> "
                        f"{parts.micro_batch}")  # fmt: skip
     accumulation = saved.about.get("accumulation", parts.accumulation)
     if config.optim.schedule == "mae_micro" and accumulation != parts.accumulation:

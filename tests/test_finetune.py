@@ -51,6 +51,11 @@ def test_the_model_is_the_checkpoint_s_and_starts_with_its_weights(settings, pre
     assert 0 < moved.abs().max() < 0.05 < theirs.blocks[0].attn.qkv.weight.abs().max()
 
 
+def test_the_run_s_folder_is_by_the_recipe_s_name(settings):
+    del settings["run.dir"]
+    assert task_config("cifar10_finetune", settings, "classify", "finetune").run.dir == "runs/cifar10_finetune"
+
+
 def test_what_is_named_wins_over_the_checkpoint_s(settings):
     config = task_config("finetune", {**settings, "model.image_size": 16, "data.mean": [0.1]}, "classify", "finetune")
     assert config.model.image_size == (16, 16) and config.data.mean == [0.1] and config.model.width == 24

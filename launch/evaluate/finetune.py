@@ -9,10 +9,10 @@ import torch
 from rich.console import Console
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 
 from ...data.images import DataError, Source
 from ...data.label_mixing import LabelMixing
+from ...data.views import CentreView, Views, read_views
 from ...data.webdataset import Stream
 from ...models.classifier import Classifier
 from ...models.vit import norm_layer
@@ -23,7 +23,6 @@ from ..errors import UserError, user_errors
 from ..load import start_task_encoder
 from ..monitor import say
 from ..parts import Parts, open_sources, put_together
-from ..quality import EvaluationViews, stack_views
 from ..run import Result, run
 from ..world import World
 from .intervals import wilson
@@ -120,17 +119,19 @@ def accuracy(engine: Engine, val: Source, config: Config, workers: int) -> dict[
     world, method = engine.world, engine.method
     assert isinstance(method, Classifier)
     size = method.encoder.image_size
-    views = EvaluationViews(val, np.arange(len(val))[world.rank :: world.size], size, config.data.interpolation)
-    loader = iter(DataLoader(views, _BATCH, num_workers=workers, collate_fn=stack_views, persistent_workers=False))
+    view = CentreView(size, config.data.interpolation)
+    views = Views(val, np.arange(len(val))[world.rank :: world.size], view, _BATCH)
+    batches = read_views(views, list(range(len(views))), workers)
     nothing = torch.zeros(1, method.encoder.channels, *size, dtype=torch.uint8)
     right, right5, loss, seen = 0, 0, 0.0, 0
     # The same number of forward passes on every rank, since weights may have to be gathered for each.
     for _ in range(-(-len(val) // (world.size * _BATCH))):
-        images, labels, _ = next(loader, (nothing[:0], [], []))
-        logits = engine.ask("classify", (images if len(images) else nothing).to(world.device)).cpu()
-        if not len(images):
+        viewed = next(batches, None)
+        images = viewed.images if viewed and viewed.places else nothing
+        logits = engine.ask("classify", images.to(world.device)).cpu()
+        if viewed is None or not viewed.places:
             continue
-        truth = torch.tensor(labels)
+        truth = torch.tensor(viewed.labels)
         ranks = logits.topk(min(5, method.classes), dim=1).indices == truth[:, None]
         right, right5 = right + int(ranks[:, 0].sum()), right5 + int(ranks.sum())
         loss, seen = loss + float(F.cross_entropy(logits, truth, reduction="sum")), seen + len(images)

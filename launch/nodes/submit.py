@@ -172,9 +172,12 @@ def batch_script(arguments: argparse.Namespace, config: Config, folder: Path) ->
     ]  # fmt: skip
     lines = [_option(key, str(value)) for key, value in options if value is not None]
     lines += [_extra(text) for text in arguments.sbatch]
+    from ..config import TASKS
+
     recipe = Path(arguments.recipe)
     command = [
-        "python" if arguments.setup else sys.executable, "-m", "elsewhere.launch", "pretrain",
+        "python" if arguments.setup else sys.executable, "-m", "elsewhere.launch",
+        TASKS.get(config.method.kind, "pretrain"),
         str(recipe.absolute()) if recipe.is_file() else arguments.recipe, *arguments.overrides,
         # A node without the GPUs that the batch was divided for would otherwise train on its CPU.
         *(["engine.device=cuda"] if gpus and config.engine.device == "auto" else []),

@@ -14,7 +14,7 @@ from ...data.images import DataError
 from ...data.order import check_batch_sizes, epoch_length
 from ...models.mae import Mae
 from ..build import build_masks
-from ..config import TASKS, Config
+from ..config import Config, refuse_task
 from ..engine.precision import DTYPES
 from ..errors import UserError
 from ..parts import _flops, open_sources
@@ -61,8 +61,7 @@ class Case:
 def open_case(config: Config, gpu_name: str, images: int | None, recipe: str) -> Case:
     """What is the same at every number of GPUs; UserError for a GPU that cannot, and for what `build` refuses."""
     found, precision = gpu(gpu_name), config.engine.precision
-    if config.method.kind in TASKS:
-        raise UserError(f"`elsewhere plan` plans pre-training, and this recipe trains a task ({config.method.kind}).")
+    refuse_task(config, "`elsewhere plan`")
     if precision == "bfloat16" and not found.bfloat16:
         raise UserError(f"{gpu_name} does not compute bfloat16: set engine.precision=float16, or float32.")
     dtype = (torch.bfloat16 if found.bfloat16 else torch.float32) if precision == "auto" else DTYPES[precision]
