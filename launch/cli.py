@@ -27,6 +27,7 @@ from .evaluate.finetune_command import add_finetune_command, run_finetune  # noq
 from .evaluate.look import add_look_command, run_look  # noqa: E402
 from .evaluate.probe import add_probe_command, run_probe  # noqa: E402
 from .evaluate.reproduce import add_reproduce_command, run_reproduce  # noqa: E402
+from .evaluate.segment_command import add_segment_command, run_segment  # noqa: E402
 from .evaluate.suite import add_evaluate_command, run_evaluate  # noqa: E402
 from .inspect_path import add_inspect_command, run_inspect  # noqa: E402
 from .nodes.check_hosts import add_hosts_command, run_hosts  # noqa: E402
@@ -68,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add_run_command(commands, "pretrain", "Pre-train a recipe, or continue it where its run stopped.")
     add_finetune_command(commands)
+    add_segment_command(commands)
     recipe_command("show", "Print a recipe with its bases and overrides merged.")
     commands.add_parser("configs", help="List the packaged recipes.", description="List the packaged recipes.")
     add_plan_command(commands)
@@ -323,8 +325,8 @@ def _bench_kernels(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 _COMMANDS = {
-    "pretrain": _pretrain, "finetune": run_finetune, "show": _show, "configs": _configs, "plan": run_plan,
-    "submit": run_submit, "hosts": run_hosts, "bench": _bench, "shards": run_shards, "inspect": run_inspect,
-    "consolidate": run_consolidate, "probe": run_probe, "evaluate": run_evaluate,
+    "pretrain": _pretrain, "finetune": run_finetune, "segment": run_segment, "show": _show, "configs": _configs,
+    "plan": run_plan, "submit": run_submit, "hosts": run_hosts, "bench": _bench, "shards": run_shards,
+    "inspect": run_inspect, "consolidate": run_consolidate, "probe": run_probe, "evaluate": run_evaluate,
     "reproduce": run_reproduce, "look": run_look,
 }  # fmt: skip

@@ -131,6 +131,18 @@ class ClassifierSection(Section):
     pool: Literal["mean", "token"] = "mean"  # of the patch tokens, or the class token
 
 
+class SegmenterSection(Section):
+    """UperNet on the encoder, for a class of every pixel."""
+
+    classes: Count | None = None  # those of the data
+    blocks: list[Annotated[int, Field(ge=0)]] | None = None  # four, for the pyramid; None: the last of each quarter
+    channels: Count | None = None  # of the head; None: the encoder's width
+    norm: Literal["group", "batch"] = "group"  # batch: over all ranks, with engine.kind=ddp
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1  # of maps before a classifier
+    auxiliary: Annotated[float, Field(ge=0)] = 0.4  # weight of the auxiliary head's loss; 0: no such head
+    auxiliary_channels: Count = 256
+
+
 class Method(Section):
     """What is trained: I-JEPA (with StoP), MAE, MAE+ (with AdPE), or a task; each has settings of its own."""
 
@@ -148,6 +160,8 @@ class Method(Section):
     adversary: AdversarySection = AdversarySection()
     # classify
     classifier: ClassifierSection = ClassifierSection()
+    # segment
+    segmenter: SegmenterSection = SegmenterSection()
 
 
 class Mask(Section):
@@ -169,6 +183,16 @@ class WeightedPath(Section):
 
     path: str
     weight: Positive = 1.0
+
+
+class MapsSection(Section):
+    """Images with label maps: what ids mean, and how training views are made."""
+
+    zero_is_ignored: bool = False  # 0 is no class, and class k has the id k + 1 (ADE20K)
+    scale: tuple[Positive, Positive] | None = None  # long and short side at factor 1; None: 4 and 1 times the crop's
+    resize: Range = (0.5, 2.0)  # factors of it
+    most_of_one_class: Annotated[float, Field(gt=0, le=1)] = 0.75  # of a crop, unless ten tries find none
+    distort: bool = True  # brightness, contrast, saturation, hue
 
 
 class Data(Section):
@@ -198,6 +222,8 @@ class Data(Section):
     mixup: Annotated[float, Field(ge=0)] = 0.0
     cutmix: Annotated[float, Field(ge=0)] = 0.0
     label_smoothing: Fraction = 0.0
+    # segment
+    maps: MapsSection = MapsSection()
 
     def places(self) -> tuple[list[str], list[float] | None]:
         """The paths, and their weights where some has one."""
@@ -220,7 +246,8 @@ class Optim(Section):
     steps: Count | None = None  # in place of epochs
     lr: Positive | None = 8e-4
     base_lr: Positive | None = None  # in place of lr: per 256 images of batch_size
-    schedule: Literal["stop", "mae", "mae_micro"] = "stop"  # step 0 counts as 1, as 0, or moves with micro-batches
+    schedule: Literal["stop", "mae", "mae_micro", "poly"] = "stop"  # step 0 counts as 1, 0, 0 with micro-batches, 0
+    power: Positive = 1.0  # poly: (1 - progress) ** power
     start_lr: Annotated[float, Field(ge=0)] = 2e-4
     final_lr: Annotated[float, Field(ge=0)] = 1e-4
     warmup_epochs: Annotated[float, Field(ge=0)] = 15
@@ -302,8 +329,17 @@ class Monitor(Section):
     progress: bool = True
 
 
+class SlidingSection(Section):
+    """Testing of segmentation by windows of the training size."""
+
+    stride: Annotated[tuple[Count, Count], BeforeValidator(_pair)] | None = None  # None: two thirds of the window
+    scales: Annotated[list[Positive], Field(min_length=1)] = [1.0]  # factors of data.maps.scale; means over all
+    flip: bool = False  # each scale also mirrored
+    batch: Count = 8  # windows of a forward
+
+
 class Probe(Section):
-    """k-NN and linear probe of the frozen teacher on held-out images."""
+    """Figures on held-out images: k-NN and linear probe of the frozen teacher; of a task, its own."""
 
     every_epochs: Annotated[int, Field(ge=0)] = 0
     before: bool = True
@@ -313,6 +349,8 @@ class Probe(Section):
     train_images: Count = 50_000
     val_images: Count = 10_000
     neighbours: Count = 20
+    # segment
+    sliding: SlidingSection = SlidingSection()
 
 
 class Run(Section):

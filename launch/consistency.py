@@ -19,7 +19,8 @@ _OF = {
                  "model.relative"),
     "classify": ("method.classifier", "data.rand_augment", "data.erase", "data.mixup", "data.cutmix",
                  "data.label_smoothing", "model.relative", "model.drop_path", "optim.layer_decay", "init.resample"),
-    "segment": ("model.relative", "model.drop_path", "optim.layer_decay", "init.resample"),
+    "segment": ("method.segmenter", "data.maps", "optim.power", "model.relative",
+                "model.drop_path", "optim.layer_decay", "init.resample"),
     "detect": ("model.relative", "model.drop_path", "optim.layer_decay", "init.resample"),
 }  # fmt: skip
 _TOKENS = {
