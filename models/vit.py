@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .attention import RelativeBlock
 from .positions import Positions
 from .relative import Relative, RelativeAttack
+from .windows import WindowBlock
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def run_blocks(
 ) -> Iterator[Tensor]:
     """The tokens after each block; `grid` and `attacks` (one a block) matter to relative positions alone."""
     for i, block in enumerate(blocks):
-        if isinstance(block, RelativeBlock):
+        if isinstance(block, RelativeBlock | WindowBlock):
             tokens = block(tokens, grid, attacks[i] if attacks else None)
         else:
             tokens = block(tokens)
