@@ -14,7 +14,17 @@ class BuildWithoutSetup(build_py):
         return [found for found in modules if (found[0], found[1]) != ("elsewhere", "setup")]
 
 
-ROOMS = ["", ".launch", ".launch.engine", ".launch.nodes", ".launch.planning", ".models", ".kernels", ".data"]
+ROOMS = [
+    "",
+    ".launch",
+    ".launch.engine",
+    ".launch.evaluate",
+    ".launch.nodes",
+    ".launch.planning",
+    ".models",
+    ".kernels",
+    ".data",
+]
 
 setup(
     name="elsewhere",

@@ -23,6 +23,8 @@ class Batch:
     context: Tensor | None = None  # [E, B, Nc] int64, ascending per row
     targets: Tensor | None = None  # [T, B, Nt] int64
     visible: Tensor | None = None  # [B, V, K] int64, patches that a masked autoencoder's encoder sees, ascending
+    # What a task is to find: soft labels [B, classes], maps [B, H, W], or of each image boxes, labels and so on.
+    truth: Tensor | list[dict[str, Tensor]] | None = None
     look: Tensor | None = None  # [B, V, 13] float64, numbers of an augmentation that the device still has to do
     redraws: int = 0  # times that a sample of this batch redrew its target blocks
     skipped: list[str] = field(default_factory=list)  # one line per unreadable image that was replaced
@@ -33,7 +35,10 @@ class Batch:
 
     def _map(self, change) -> Batch:
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: change(v) for k, v in tensors.items() if isinstance(v, Tensor)})
+        changed: dict = {k: change(v) for k, v in tensors.items() if isinstance(v, Tensor)}
+        if isinstance(self.truth, list):
+            changed["truth"] = [{k: change(v) for k, v in one.items()} for one in self.truth]
+        return replace(self, **changed)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device` (asynchronous from pinned memory)."""

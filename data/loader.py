@@ -125,11 +125,8 @@ class Batches(Dataset[Batch]):
 class _Guarded(Dataset):
     """`Batches` that hand over their `DataError` instead of raising it."""
 
-    def __init__(self, batches: Batches):
+    def __init__(self, batches: Dataset[Batch]):
         self._batches = batches
-
-    def __len__(self) -> int:
-        return len(self._batches)
 
     def __getitem__(self, request: Request) -> Batch | Refusal:
         try:
@@ -166,9 +163,19 @@ class Loader:
     """
 
     def __init__(self, source: Source, augment: Augment, masks: MakeMasks | None, order: Order, plan: Plan):
+        self._open(Batches(source, augment, masks, seed=plan.seed, on_error=plan.on_error), order, plan)
+
+    @classmethod
+    def of(cls, batches: Dataset[Batch], order: Order, plan: Plan) -> Loader:
+        """The loader of what `batches[request]` makes of each `Request`."""
+        loader = cls.__new__(cls)
+        loader._open(batches, order, plan)
+        return loader
+
+    def _open(self, batches: Dataset[Batch], order: Order, plan: Plan) -> None:
         self.requests = Requests(order, plan)
         self._loader = DataLoader(
-            _Guarded(Batches(source, augment, masks, seed=plan.seed, on_error=plan.on_error)),
+            _Guarded(batches),
             sampler=self.requests,
             batch_size=None,
             num_workers=plan.workers,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
@@ -15,11 +15,17 @@ class OnDevice:
     """The batches of `loader` on `device`, with the looks that `augment` left for it (flip, jitter, grey, blur).
 
     On a GPU both happen on a stream of their own: while the GPU computes one batch, the next is copied from pinned
-    memory and finished. Raises what `loader` raises.
+    memory and finished. `after` is what else is to be done to a batch there. Raises what `loader` raises.
     """
 
-    def __init__(self, loader: Iterable[Batch], augment: Augment, device: torch.device):
-        self._loader, self._augment, self._device = loader, augment, device
+    def __init__(
+        self,
+        loader: Iterable[Batch],
+        augment: Augment,
+        device: torch.device,
+        after: Callable[[Batch], Batch] | None = None,
+    ):
+        self._loader, self._augment, self._device, self._after = loader, augment, device, after
 
     def __iter__(self) -> Iterator[Batch]:
         side = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
@@ -38,4 +44,4 @@ class OnDevice:
         batch = host.to(self._device)
         if batch.look is not None:
             batch.images = finish(batch.images, batch.look, self._augment)
-        return batch
+        return batch if self._after is None else self._after(batch)

@@ -44,9 +44,10 @@ def _trained(config: Config, method: Method) -> str:
     size = f"encoder {_millions(method.encoder)}"
     if isinstance(method, Jepa):
         return f"{size}, predictor {_millions(method.predictor)} parameters, noise on {config.method.stop.where}"
-    assert isinstance(method, Mae)
     terms, adversary = config.model.relative.terms, config.method.adversary
     positions = "absolute positions" if terms == "none" else f"relative positions on {terms}"
+    if not isinstance(method, Mae):
+        return f"{size} of {_millions(method)} parameters in all, {positions}"
     text = f"{size}, decoder {_millions(method.decoder)} parameters, {positions}"
     if adversary.mode == "none":
         return text

@@ -10,18 +10,29 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..data.augment import Augment
+from ..data.label_mixing import RandAugmented
 from ..data.masks import block_masks
 from ..data.random_masks import RandomMasks
 from ..kernels.dispatch import Choice
 from ..models.adversary import Adversary
+from ..models.classifier import Classifier
 from ..models.jepa import Jepa, Predictor, Stop
 from ..models.mae import Attack, Decoder, Mae
 from ..models.method import IMAGENET_MEAN, IMAGENET_STD, Method
 from ..models.relative import Relative
 from ..models.vit import SIZES, Encoder, Size
-from .config import Config, Data, FreezeSection
+from .config import TASKS, Config, Data, FreezeSection
 from .errors import UserError, user_errors
-from .optim import Freeze, Schedules, mae_first_counter, make_optimizer, scaled_lr
+from .optim import (
+    Freeze,
+    Schedules,
+    decays,
+    decays_in_adpe,
+    decays_in_finetuning,
+    mae_first_counter,
+    make_optimizer,
+    scaled_lr,
+)
 
 
 def pixel_statistics(data: Data, channels: int) -> tuple[list[float], list[float]]:
@@ -48,17 +59,21 @@ def _check_width(section: str, size: Size, positions: str) -> None:
         raise UserError(f"{section}.width={size.width} is not a multiple of 4, as sin-cos positions need; change it.")
 
 
+def encoder_size(config: Config) -> Size:
+    """The size of the encoder: a named one with some numbers replaced."""
+    given = {key: getattr(config.model, key) for key in ("width", "depth", "heads", "mlp_ratio")}
+    return replace(SIZES[config.model.size], **{key: value for key, value in given.items() if value is not None})
+
+
 def build_encoder(config: Config) -> Encoder:
     """The encoder of a configuration; UserError for sizes that do not fit together."""
-    model = config.model
-    given = {key: getattr(model, key) for key in ("width", "depth", "heads", "mlp_ratio")}
-    size = replace(SIZES[model.size], **{key: value for key, value in given.items() if value is not None})
+    model, size = config.model, encoder_size(config)
     _check_width("model", size, model.positions)
     class_token = config.method.kind != "jepa" if model.class_token is None else model.class_token
     with user_errors():
         return Encoder(
             model.image_size, model.patch_size, model.channels, size, positions=model.positions,
-            class_token=class_token, relative=_relative(config), **_init(config),
+            class_token=class_token, relative=_relative(config), drop_path=model.drop_path, **_init(config),
         )  # fmt: skip
 
 
@@ -89,6 +104,10 @@ def _build_method(config: Config) -> Method:
     mean, std = pixel_statistics(config.data, config.model.channels)
     if config.method.kind == "jepa":
         return _build_jepa(config, encoder, mean, std)
+    if config.method.kind == "classify":
+        section = config.method.classifier
+        with user_errors():
+            return Classifier(encoder, section.classes or 1000, section.pool, config.seed, mean, std)
     visible_only = config.method.kind == "mae"
     section, relative = config.method.decoder, _relative(config)
     size = Size(section.width, section.depth, section.heads)
@@ -147,7 +166,9 @@ def build_adversary(config: Config, method: Method) -> Adversary | None:
 
 
 def build_masks(config: Config, grid: tuple[int, int]):
-    """The mask maker of the configuration; UserError where its masks cannot fit the grid."""
+    """The mask maker of the configuration, None for a task; UserError where its masks cannot fit the grid."""
+    if config.method.kind in TASKS:
+        return None
     section = config.mask.model_dump()
     ratio = section.pop("ratio")
     with user_errors():
@@ -159,12 +180,15 @@ def build_masks(config: Config, grid: tuple[int, int]):
 def build_augment(config: Config, on_device: bool = False) -> Augment:
     """The training augmentation of the configuration, with flip, jitter, grey and blur in batches if `on_device`."""
     data = config.data
+    given = {
+        "size": config.model.image_size, "crop_scale": data.crop_scale, "crop_aspect": data.crop_aspect,
+        "interpolation": data.interpolation, "flip": data.flip, "blur": data.blur, "grayscale": data.grayscale,
+        "colour_jitter": data.colour_jitter, "views": data.views, "on_device": on_device,
+    }  # fmt: skip
     with user_errors():
-        return Augment(
-            size=config.model.image_size, crop_scale=data.crop_scale, crop_aspect=data.crop_aspect,
-            interpolation=data.interpolation, flip=data.flip, blur=data.blur, grayscale=data.grayscale,
-            colour_jitter=data.colour_jitter, views=data.views, on_device=on_device,
-        )  # fmt: skip
+        if config.method.kind == "classify" and data.rand_augment:
+            return RandAugmented(policy=data.rand_augment, **given)
+        return Augment(**given)
 
 
 def build_schedules(config: Config, steps_per_epoch: float, accumulation: int = 1) -> Schedules:
@@ -175,9 +199,11 @@ def build_schedules(config: Config, steps_per_epoch: float, accumulation: int = 
     def freeze(section: FreezeSection | None) -> Freeze | None:
         return Freeze(section.epoch, section.strategy) if section else None
 
+    epochs = optim.epochs if optim.steps is None else optim.steps / steps_per_epoch
+    warmup = optim.warmup_epochs if optim.warmup_steps is None else optim.warmup_steps / steps_per_epoch
     return Schedules(
-        steps_per_epoch=steps_per_epoch, epochs=optim.epochs, lr=optim.rate, start_lr=optim.start_lr,
-        final_lr=optim.final_lr, warmup_epochs=optim.warmup_epochs, weight_decay=optim.weight_decay,
+        steps_per_epoch=steps_per_epoch, epochs=epochs, lr=optim.rate, start_lr=optim.start_lr,
+        final_lr=optim.final_lr, warmup_epochs=warmup, weight_decay=optim.weight_decay,
         final_weight_decay=optim.final_weight_decay, momentum=teacher.momentum,
         final_momentum=teacher.final_momentum, stretch=optim.stretch,
         freeze_lr=freeze(optim.freeze_lr), freeze_weight_decay=freeze(optim.freeze_weight_decay),
@@ -193,6 +219,9 @@ def adversary_schedules(config: Config, schedules: Schedules) -> Schedules:
 
 def build_optimizer(config: Config, method: nn.Module) -> Optimizer:
     """The optimiser of the configuration; UserError where it needs what this machine lacks."""
-    optim = config.optim
+    optim, rule = config.optim, decays
+    if optim.decay_all:
+        rule = decays_in_finetuning if config.method.kind in TASKS else decays_in_adpe
+    depth = encoder_size(config).depth
     with user_errors():
-        return make_optimizer(method, optim.kind, optim.betas, optim.eps, optim.decay_all)
+        return make_optimizer(method, optim.kind, optim.betas, optim.eps, rule, optim.layer_decay, depth)

@@ -17,34 +17,32 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import argparse  # noqa: E402
 import json  # noqa: E402
-from collections.abc import Sequence  # noqa: E402
+from collections.abc import Callable, Sequence  # noqa: E402
 from importlib.metadata import version  # noqa: E402
 from typing import TYPE_CHECKING, Any, NoReturn  # noqa: E402
 
 from .consolidate import add_consolidate_command, run_consolidate  # noqa: E402
-from .errors import UserError  # noqa: E402
+from .errors import UserError, first_of_machine, print_error  # noqa: E402
+from .evaluate.finetune_command import add_finetune_command, run_finetune  # noqa: E402
 from .inspect_path import add_inspect_command, run_inspect  # noqa: E402
 from .nodes.check_hosts import add_hosts_command, run_hosts  # noqa: E402
 from .nodes.submit import add_submit_command, run_submit  # noqa: E402
 from .planning.command import add_plan_command, run_plan  # noqa: E402
+from .run_command import add_run_command, positive, run_recipe  # noqa: E402
 from .shards import add_shards_command, run_shards  # noqa: E402
 
 if TYPE_CHECKING:
     from .config import Config
+    from .run import Result
 
 
 class _Parser(argparse.ArgumentParser):
     """A parser that complains once on a machine, not in each of the processes that a launcher started."""
 
     def error(self, message: str) -> NoReturn:
-        if not _speaks():
+        if not first_of_machine():
             sys.exit(2)
         super().error(message)
-
-
-def _speaks() -> bool:
-    """Whether this process says what is wrong: the first of its machine, whose log may be the only one at hand."""
-    return os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -64,25 +62,8 @@ def _parser() -> argparse.ArgumentParser:
         )
         return command
 
-    pretrain = recipe_command("pretrain", "Pre-train a recipe, or continue it where its run stopped.")
-    pretrain.add_argument("--fresh", action="store_true", help="refuse to continue a run that is there already")
-    pretrain.add_argument(
-        "--allow-config-change", action="store_true", help="continue although settings that change the result differ"
-    )
-    many = pretrain.add_argument_group(
-        "several machines, and failures", "Start the same command on each machine; without --supervise, by a launcher."
-    )
-    many.add_argument(
-        "--supervise", type=_count, metavar="N", help="start a process per GPU here, and all anew up to N times"
-    )
-    many.add_argument("--nodes", type=_positive, help="machines (1, or as the hostfile or SLURM say)")
-    many.add_argument("--node-rank", type=_count, metavar="I", help="which of them this one is, from 0")
-    many.add_argument("--master", metavar="HOST[:PORT]", help="where the first one listens (port 29400)")
-    many.add_argument("--processes", type=_positive, metavar="P", help="processes here (its GPUs, or 1)")
-    many.add_argument(
-        "--hostfile", type=Path, help="in their place: a file with a line `HOST slots=P` for each machine"
-    )
-    many.add_argument("--wait", type=_positive, metavar="SECONDS", help="for a machine to come, or come back (300)")
+    add_run_command(commands, "pretrain", "Pre-train a recipe, or continue it where its run stopped.")
+    add_finetune_command(commands)
     recipe_command("show", "Print a recipe with its bases and overrides merged.")
     commands.add_parser("configs", help="List the packaged recipes.", description="List the packaged recipes.")
     add_plan_command(commands)
@@ -124,9 +105,9 @@ def _parser() -> argparse.ArgumentParser:
         "recipes", nargs="+", metavar="RECIPE|key=value", help="recipes to compare, and settings for all of them"
     )
     step.add_argument("--vary", action="append", default=[], metavar="key=a,b", help="also compare these values")
-    step.add_argument("--batch", type=_positive, help="images per step (8 on a CPU, 128 on a GPU, or micro_batch)")
-    step.add_argument("--steps", type=_positive, default=3, help="steps of one turn")
-    step.add_argument("--rounds", type=_positive, default=5, help="turns of each case")
+    step.add_argument("--batch", type=positive, help="images per step (8 on a CPU, 128 on a GPU, or micro_batch)")
+    step.add_argument("--steps", type=positive, default=3, help="steps of one turn")
+    step.add_argument("--rounds", type=positive, default=5, help="turns of each case")
     text = (
         "What engines cost: our loop against a bare one, steps beside a checkpoint being written, and bytes on each "
         "rank; alone or under torchrun."
@@ -144,9 +125,9 @@ def _parser() -> argparse.ArgumentParser:
         "--measure", type=_listed, default=["overhead", "saving", "bytes"], metavar="A,B",
         help="overhead, saving, bytes (default: all)",
     )  # fmt: skip
-    engines.add_argument("--batch", type=_positive, help="images per step and rank (as for step)")
-    engines.add_argument("--steps", type=_positive, default=200, help="steps of each kind")
-    engines.add_argument("--turn", type=_positive, default=10, help="steps of one turn of the loops")
+    engines.add_argument("--batch", type=positive, help="images per step and rank (as for step)")
+    engines.add_argument("--steps", type=positive, default=200, help="steps of each kind")
+    engines.add_argument("--turn", type=positive, default=10, help="steps of one turn of the loops")
     text = "Steps at 1, 2, 4, … local ranks and the same batch on each, in turns: images per second and efficiency."
     scaling = bench.add_parser("scaling", help=text, description=text)
     scaling.add_argument("recipe", help="a packaged recipe or a YAML file")
@@ -157,9 +138,9 @@ def _parser() -> argparse.ArgumentParser:
         "--ranks", type=_numbers, default=[1, 2, 4], metavar="A,B", help="numbers of ranks (default: 1,2,4)"
     )
     scaling.add_argument("--engine", default="ddp", help="ddp, fsdp, or a setting of DeepSpeed (default: ddp)")
-    scaling.add_argument("--batch", type=_positive, help="images per step and rank (as for step)")
-    scaling.add_argument("--steps", type=_positive, default=5, help="steps of one turn")
-    scaling.add_argument("--rounds", type=_positive, default=5, help="turns of each number of ranks")
+    scaling.add_argument("--batch", type=positive, help="images per step and rank (as for step)")
+    scaling.add_argument("--steps", type=positive, default=5, help="steps of one turn")
+    scaling.add_argument("--rounds", type=positive, default=5, help="turns of each number of ranks")
     scaling.add_argument("--network", action="store_true", help="also time collectives, against the planner's model")
     for command in bench.choices.values():
         command.add_argument("--json", type=Path, metavar="FILE", help="write the result there as well")
@@ -182,21 +163,7 @@ def _listed(text: str) -> list[str]:
 
 
 def _numbers(text: str) -> list[int]:
-    return [_positive(item) for item in _listed(text)]
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError("must be 0 or more")
-    return value
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be 1 or more")
-    return value
+    return [positive(item) for item in _listed(text)]
 
 
 def _seconds(text: str) -> float:
@@ -212,8 +179,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parsed = _parse(arguments)
         return _COMMANDS[parsed.command](parsed)
     except UserError as error:
-        if not error.said and _speaks():
-            print(f"elsewhere: {error}", file=sys.stderr)
+        if not error.said and first_of_machine():
+            print_error(error)
         return 2
     except BrokenPipeError:  # `elsewhere configs | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -225,63 +192,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _pretrain(arguments: argparse.Namespace) -> int:
     from .config import load_config
 
-    try:
-        config = load_config(arguments.recipe, arguments.overrides)
-    except UserError as error:
-        from .nodes.announce import announce
+    def train(config: Config) -> Callable[[], Result]:
+        from .pretrain import pretrain
 
-        announce(error)
-        raise
-    if arguments.supervise is not None:
-        return _supervise(arguments, config)
-    given = [
-        name for name in ("nodes", "node_rank", "master", "processes", "hostfile") if vars(arguments)[name] is not None
-    ]
-    given += ["wait"] if arguments.wait is not None else []
-    if given:
-        raise UserError(f"--{given[0].replace('_', '-')} belongs to --supervise N: add that, or use a launcher's own.")
-    # Only now: torch takes seconds to import, and a misspelt setting should not wait for it.
-    from ..data.images import DataError
-    from .engine.precision import LossScaleTooSmall
-    from .monitor import NonFiniteLoss
-    from .nodes.guard import RankFailed
-    from .pretrain import pretrain
+        flags = {"fresh": arguments.fresh, "allow_config_change": arguments.allow_config_change}
+        return lambda: pretrain(config, **flags)
 
-    try:
-        result = pretrain(config, fresh=arguments.fresh, allow_config_change=arguments.allow_config_change)
-    except DataError as error:
-        raise UserError(str(error), said=getattr(error, "said", False)) from error
-    except (NonFiniteLoss, LossScaleTooSmall) as error:
-        if _speaks():
-            print(f"elsewhere: {error}", file=sys.stderr)
-        return error.status
-    except RankFailed as error:
-        return error.status
-    except Exception as error:
-        if getattr(error, "said", False):
-            return 1
-        raise
-    return 128 + result.signal if result.signal else 0
-
-
-def _supervise(arguments: argparse.Namespace, config: Config) -> int:
-    import torch
-
-    from .nodes.hostfile import find_machines
-    from .nodes.supervise import Terms, supervise
-
-    devices = 0 if config.engine.device == "cpu" else torch.cuda.device_count()
-    if not devices and config.engine.device == "cuda":
-        raise UserError("engine.device=cuda, but no NVIDIA GPU is visible; use engine.device=cpu or auto.")
-    machines = find_machines(
-        hostfile=arguments.hostfile, nodes=arguments.nodes, node_rank=arguments.node_rank, master=arguments.master,
-        processes=arguments.processes, devices=devices,
-    )  # fmt: skip
-    flags = ["--fresh"] * arguments.fresh + ["--allow-config-change"] * arguments.allow_config_change
-    command = ["pretrain", arguments.recipe, *arguments.overrides, *flags]
-    return supervise(
-        machines, Terms(arguments.supervise, arguments.wait or 300, config.engine.silence_seconds), command
-    )
+    return run_recipe(arguments, lambda: load_config(arguments.recipe, arguments.overrides), train)
 
 
 def _show(arguments: argparse.Namespace) -> int:
@@ -371,7 +288,7 @@ def _bench_kernels(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 _COMMANDS = {
-    "pretrain": _pretrain, "show": _show, "configs": _configs, "plan": run_plan, "submit": run_submit,
-    "hosts": run_hosts, "bench": _bench, "shards": run_shards, "inspect": run_inspect,
+    "pretrain": _pretrain, "finetune": run_finetune, "show": _show, "configs": _configs, "plan": run_plan,
+    "submit": run_submit, "hosts": run_hosts, "bench": _bench, "shards": run_shards, "inspect": run_inspect,
     "consolidate": run_consolidate,
 }  # fmt: skip

@@ -21,9 +21,12 @@ from .consistency import contradiction
 from .errors import UserError
 
 RECIPES = Path(__file__).resolve().parent.parent / "configs"
+TASKS = ("classify", "segment", "detect")  # methods that are trained on labels, from a pre-trained encoder
 RESULT_SECTIONS = ("seed", "model", "method", "mask", "data", "optim", "init")
 # Another machine, the same pictures.
 MAY_MOVE = ("data.path", "data.val_path", "data.source", "data.on_error", "data.max_corrupt")
+
+SHORT_NAMES = {"optim.blr": "optim.base_lr"}  # as the released MAE and AdPE call it
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -69,6 +72,7 @@ class Model(Section):
     patch_size: Count = 16
     image_size: Annotated[tuple[Count, Count], BeforeValidator(_pair)] = (224, 224)
     channels: Count = 3
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of the last block; rises to it from 0
     positions: Literal["sincos", "learned"] = "sincos"
     class_token: bool | None = None  # None: as the method has it (jepa none, the others one)
     relative: RelativeSection = RelativeSection()
@@ -118,10 +122,17 @@ class AdversarySection(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
 
 
-class Method(Section):
-    """What is trained: I-JEPA (with StoP), MAE, or MAE+ (with AdPE); each has settings of its own."""
+class ClassifierSection(Section):
+    """Fine-tuning on classes."""
 
-    kind: Literal["jepa", "mae", "mae_plus"] = "jepa"
+    classes: Count | None = None  # those of the images
+    pool: Literal["mean", "token"] = "mean"  # of the patch tokens, or the class token
+
+
+class Method(Section):
+    """What is trained: I-JEPA (with StoP), MAE, MAE+ (with AdPE), or a task; each has settings of its own."""
+
+    kind: Literal["jepa", "mae", "mae_plus", "classify", "segment", "detect"] = "jepa"
     mask_token: Literal["learned", "projection_bias", "none", "adversary"] = "learned"
     # jepa
     predictor: PredictorSection = PredictorSection()
@@ -133,6 +144,8 @@ class Method(Section):
     normalise_pixels: bool = True
     # mae_plus
     adversary: AdversarySection = AdversarySection()
+    # classify
+    classifier: ClassifierSection = ClassifierSection()
 
 
 class Mask(Section):
@@ -177,6 +190,12 @@ class Data(Section):
     blur: Fraction = 0.5
     grayscale: Fraction = 0.2
     colour_jitter: Annotated[float, Field(ge=0)] = 0.0
+    # classify, by timm
+    rand_augment: str | None = None  # e.g. rand-m9-mstd0.5-inc1
+    erase: Fraction = 0.0  # random erasing of pixels
+    mixup: Annotated[float, Field(ge=0)] = 0.0
+    cutmix: Annotated[float, Field(ge=0)] = 0.0
+    label_smoothing: Fraction = 0.0
 
     def places(self) -> tuple[list[str], list[float] | None]:
         """The paths, and their weights where some has one."""
@@ -196,12 +215,14 @@ class Optim(Section):
     kind: Literal["adamw", "apex_adamw"] = "adamw"
     batch_size: Count = 2048  # images per optimiser step over all ranks
     epochs: Count = 600
+    steps: Count | None = None  # in place of epochs
     lr: Positive | None = 8e-4
     base_lr: Positive | None = None  # in place of lr: per 256 images of batch_size
     schedule: Literal["stop", "mae", "mae_micro"] = "stop"  # step 0 counts as 1, as 0, or moves with micro-batches
     start_lr: Annotated[float, Field(ge=0)] = 2e-4
     final_lr: Annotated[float, Field(ge=0)] = 1e-4
     warmup_epochs: Annotated[float, Field(ge=0)] = 15
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None  # in place of warmup_epochs
     weight_decay: Annotated[float, Field(ge=0)] = 0.04
     final_weight_decay: Annotated[float, Field(ge=0)] = 0.4
     stretch: Positive = 1.0
@@ -209,7 +230,8 @@ class Optim(Section):
     freeze_weight_decay: FreezeSection | None = None
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: Positive = 1e-8
-    decay_all: bool = False  # also tokens and relative tables, as the released AdPE
+    decay_all: bool = False  # also tokens and relative tables, as the released AdPE (fine-tuning: the tables)
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the learning rate, a layer further from the end
     clip_grad: Annotated[float, Field(ge=0)] = 0.0
     clip_scope: Literal["all", "encoder"] = "all"
 
@@ -235,6 +257,9 @@ class Optim(Section):
 
 class Init(Section):
     from_: str | None = Field(default=None, alias="from")
+    allow: list[str] = []  # tensors that may be missing there or left over, by name or pattern
+    which: Literal["teacher", "student"] = "teacher"
+    resample: Literal["exact", "bicubic"] = "exact"  # tasks: how positions get onto another grid; published: bicubic
 
 
 class Engine(Section):
@@ -341,13 +366,15 @@ def load_config(recipe: str, overrides: Sequence[str] | Mapping[str, Any] = ()) 
     try:
         if isinstance(overrides, Mapping):
             for key, value in overrides.items():
+                key = SHORT_NAMES.get(key, key)
                 OmegaConf.update(merged, key.replace("__", "."), str(value) if isinstance(value, Path) else value)
         else:
             for item in overrides:
                 what = f"The override {item}"
                 if "=" not in item or item.startswith("="):
                     raise UserError(f"{item!r} is not an override; write key=value, e.g. optim.lr=1e-3.")
-                merged.merge_with_dotlist([item])
+                key, _, value = item.partition("=")
+                merged.merge_with_dotlist([f"{SHORT_NAMES.get(key, key)}={value}"])
             what = f"The overrides of {recipe}"
         values = OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, yaml.YAMLError, AttributeError, TypeError) as error:

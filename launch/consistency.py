@@ -17,6 +17,10 @@ _OF = {
     "mae": ("method.decoder", "method.normalise_pixels", "mask.ratio", "data.views"),
     "mae_plus": ("method.decoder", "method.normalise_pixels", "mask.ratio", "data.views", "method.adversary",
                  "model.relative"),
+    "classify": ("method.classifier", "data.rand_augment", "data.erase", "data.mixup", "data.cutmix",
+                 "data.label_smoothing", "model.relative", "model.drop_path", "optim.layer_decay", "init.resample"),
+    "segment": ("model.relative", "model.drop_path", "optim.layer_decay", "init.resample"),
+    "detect": ("model.relative", "model.drop_path", "optim.layer_decay", "init.resample"),
 }  # fmt: skip
 _TOKENS = {
     "jepa": ("learned", "projection_bias", "none"),
@@ -74,13 +78,17 @@ def contradiction(config: Config) -> str | None:
         return f"mask.min_keep={mask.min_keep} belongs to mask.setting=published; set mask.context_keep instead"
     if mask.setting == "published" and mask.context_keep is not None:
         return f"mask.context_keep={mask.context_keep} belongs to mask.setting=recommended; set it to null"
-    if config.method.mask_token not in _TOKENS[kind]:
-        choices = " or ".join(_TOKENS[kind])
+    if config.method.mask_token not in _TOKENS.get(kind, ("learned",)):
+        choices = " or ".join(_TOKENS.get(kind, ("learned",)))
         return f"method.mask_token={config.method.mask_token} is not for method.kind={kind}; choose {choices}"
     if config.model.class_token not in (None, kind != "jepa") and kind in _TOKENS:
         has = "has no" if kind == "jepa" else "has a"
         return f"method.kind={kind} {has} class token; leave model.class_token out"
-    if kind != "jepa" and config.method.normalise_pixels and config.model.patch_size**2 * config.model.channels == 1:
+    if (
+        kind in ("mae", "mae_plus")
+        and config.method.normalise_pixels
+        and config.model.patch_size**2 * config.model.channels == 1
+    ):
         return (
             "method.normalise_pixels divides by the deviation within a patch, and a patch of one number has none; set "
             "model.patch_size=2 or more, or method.normalise_pixels=false"

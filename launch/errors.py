@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -24,3 +26,13 @@ def user_errors() -> Iterator[None]:
         yield
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def first_of_machine() -> bool:
+    """Whether this process says what is wrong: the first of its machine, whose log may be the only one at hand."""
+    return os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"
+
+
+def print_error(error: Exception) -> None:
+    """The error's sentence on standard error."""
+    print(f"elsewhere: {error}", file=sys.stderr)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import pickle
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from ..models.jepa import Jepa
 from ..models.method import Method
+from ..models.transfer import Resample, disagreement, transfer
 from ..models.vit import Encoder
 from ..models.zoo import from_released_encoder, from_released_mae
 from .build import build_encoder, pixel_statistics
@@ -114,32 +116,42 @@ def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
-def _take_up(encoder: Encoder, state: dict[str, Tensor], what: str) -> None:
-    """Load an encoder's state; UserError that says in which respect `what` is of another encoder."""
+def _take_up(encoder: Encoder, state: dict[str, Tensor], what: str, allow: Sequence[str] = ()) -> None:
+    """Load an encoder's state; UserError that says in which respect `what` is of another encoder.
+
+    Names that a pattern of `allow` matches may be missing, and keep their first values, or be left out.
+    """
 
     def terms(names):
         found = {name.split("relative_")[1][0] for name in names if "relative_" in name}
         return f"relative positions on {''.join(sorted(found))}" if found else "absolute positions alone"
 
+    def allowed(name):
+        return any(fnmatchcase(name, pattern) for pattern in allow)
+
     mine = encoder.state_dict()
-    if terms(state) != terms(mine):
+    differ = {name for name in mine.keys() ^ state.keys() if not allowed(name)}
+    if terms(state) != terms(mine) and any("relative_" in name for name in differ):
         raise UserError(
             f"{what} has {terms(state)} and this recipe's encoder {terms(mine)}; set model.relative.terms to match."
         )
-    if ("cls_token" in state) != ("cls_token" in mine):
+    if "cls_token" in differ:
         there, here = ("a", "none") if "cls_token" in state else ("no", "one")
         raise UserError(f"{what} has {there} class token and this recipe's encoder {here}; set method.kind to match.")
+    if "positions.table" in differ:
+        there, here = ("learned", "sin-cos") if "positions.table" in state else ("sin-cos", "learned")
+        raise UserError(f"{what} has {there} positions and this recipe's encoder {here} ones; set "
+                        f"model.positions={there.replace('-', '')}.")  # fmt: skip
     for name in sorted(mine.keys() & state.keys()):
         if mine[name].shape != state[name].shape:
             raise UserError(
                 f"{what} does not fit this recipe's encoder: {name} is {tuple(state[name].shape)} there and "
                 f"{tuple(mine[name].shape)} here; set model as it was trained."
             )
-    differ = sorted(mine.keys() ^ state.keys())
-    if differ:
-        side = "lacks" if differ[0] in mine else "has beyond this recipe's encoder"
-        raise UserError(f"{what} {side} {differ[0]}; set model as it was trained.")
-    encoder.load_state_dict(state)
+    for side, names in (("lacks", differ & mine.keys()), ("has beyond this recipe's encoder", differ & state.keys())):
+        if names:
+            raise UserError(f"{what} {side} {', '.join(sorted(names))}; set model as it was trained.")
+    encoder.load_state_dict({name: tensor for name, tensor in state.items() if name in mine}, strict=False)
 
 
 def load(path: str | Path, which: str = "teacher", recipe: str | None = None) -> Encoder:
@@ -163,6 +175,38 @@ def load(path: str | Path, which: str = "teacher", recipe: str | None = None) ->
     _take_up(encoder, state, str(path))
     encoder.pixel_mean, encoder.pixel_std = pixel_statistics(config.data, config.model.channels)  # pyright: ignore
     return encoder.eval()
+
+
+def start_task_encoder(
+    encoder: Encoder,
+    path: str | Path,
+    which: str = "teacher",
+    allow: Sequence[str] = (),
+    resample: Resample = "exact",
+) -> str:
+    """Give a task's encoder the weights at `path` (see `encoder_state`), at its own image size; says what it took.
+
+    `encoder` has `positions="learned"`: its table starts from the pre-trained one on the encoder's grid. A fixed
+    sin-cos table is evaluated there (`exact`), or interpolated as published (`bicubic`), as learned tables always are.
+    An encoder without class token does without that of the weights, its position and the prefix bucket of relative
+    tables. `allow` has patterns of names that may be missing or left out. Raises UserError for what does not fit.
+    """
+    state, what, config = encoder_state(Path(path), which)
+    if config is None:
+        raise UserError(
+            f"{path} does not describe its encoder; start from a run, a checkpoint, or consolidated weights."
+        )
+    with torch.device("meta"):
+        source = build_encoder(config)
+    setting = disagreement(source, encoder)
+    if setting is not None:
+        raise UserError(f"{path} was trained with {setting}, and this encoder has another; set it to match.")
+    if encoder.num_prefix_tokens and not source.num_prefix_tokens:
+        raise UserError(f"{path} has no class token and this encoder one; set model.class_token=false.")
+    _take_up(encoder, transfer(state, source, encoder, resample), str(path), allow)
+    if encoder.grid != source.grid:
+        what += f", its positions {source.grid[0]}x{source.grid[1]} resampled to {encoder.grid[0]}x{encoder.grid[1]}"
+    return what
 
 
 def start_from(method: Method, path: str) -> str:

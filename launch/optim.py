@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -132,25 +132,48 @@ def decays_in_adpe(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim > 1 and not name.endswith(".bias")
 
 
+def decays_in_finetuning(name: str, parameter: nn.Parameter) -> bool:
+    """Whether AdPE's released fine-tuning decays it: also relative tables, but neither tokens nor positions."""
+    return decays_in_adpe(name, parameter) and (decays(name, parameter) or "relative_" in name)
+
+
+def layer_of(name: str, depth: int) -> int:
+    """The layer of a parameter for layer decay: 0 for what makes tokens, i + 1 for block i, depth + 1 for what follows.
+
+    `name` is that in a method, whose encoder has `depth` blocks (BEiT, MAE; AdPE `lr_decay.py`).
+    """
+    part, _, rest = name.partition(".")
+    if part != "encoder":
+        return depth + 1
+    if rest.startswith("blocks."):
+        return int(rest.split(".")[1]) + 1
+    return 0 if rest.startswith(("patch_embed.", "positions.", "cls_")) else depth + 1
+
+
 def make_optimizer(
     method: nn.Module,
     kind: str = "adamw",
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
-    decay_all: bool = False,
+    rule: Callable[[str, nn.Parameter], bool] = decays,
+    layer_decay: float = 1.0,
+    depth: int = 0,
 ) -> Optimizer:
-    """AdamW over the trainable parameters, in a decayed and an undecayed group; lr and decay are set every step.
+    """AdamW over the trainable parameters in groups of one decay and layer; lr and decay are set every step.
 
-    `decay_all` groups them as the released AdPE does. Raises ValueError where `apex_adamw` is asked for and NVIDIA
-    Apex or a GPU is missing.
+    `rule(name, parameter)` says what decays. With `layer_decay` below 1 the learning rate of layer l (see `layer_of`)
+    is `layer_decay ** (depth + 1 - l)` of the schedule's, the group's `lr_scale`. Raises ValueError where `apex_adamw`
+    is asked for and NVIDIA Apex or a GPU is missing.
     """
-    rule = decays_in_adpe if decay_all else decays
-    named = [(name, p) for name, p in method.named_parameters() if p.requires_grad]
+    grouped: dict[tuple[int, bool], list[nn.Parameter]] = {}
+    for name, parameter in method.named_parameters():
+        if parameter.requires_grad:
+            layer = layer_of(name, depth) if layer_decay != 1.0 else depth + 1
+            grouped.setdefault((layer, rule(name, parameter)), []).append(parameter)
     groups = [
-        {"params": [p for name, p in named if rule(name, p) is decayed], "decayed": decayed}
-        for decayed in (True, False)
+        {"params": parameters, "decayed": decayed, "lr_scale": layer_decay ** (depth + 1 - layer)}
+        for (layer, decayed), parameters in sorted(grouped.items(), key=lambda item: (item[0][0], not item[0][1]))
     ]
-    groups = [group for group in groups if group["params"]]
     if kind == "apex_adamw":
         return _apex_adamw()(groups, lr=0.0, betas=betas, eps=eps, weight_decay=0.0, adam_w_mode=True)
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, weight_decay=0.0, fused=True)
@@ -173,7 +196,7 @@ def set_step(optimizer: Optimizer, schedules: Schedules, step: int) -> None:
     """Give the optimiser's groups the learning rate and weight decay of `step`."""
     lr, weight_decay = schedules.lr_at(step), schedules.weight_decay_at(step)
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_scale"]
         group["weight_decay"] = weight_decay if group["decayed"] else 0.0
 
 

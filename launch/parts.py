@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from torch.utils.data import Dataset
 
 from ..data.augment import Augment
+from ..data.batch import Batch
 from ..data.ffcv import Beton
 from ..data.images import Channels, DataError, Digits, ImageFolder, NoHeldOutImages, Source, Subset, TorchDataset
+from ..data.loader import Loader
 from ..data.masks import Masks
-from ..data.order import Mixture, Order, Permutations, check_batch_sizes, epoch_length
+from ..data.order import Mixture, Order, Permutations, Plan, check_batch_sizes, epoch_length
+from ..data.readers import Reader, open_reader
 from ..data.shards import Shards
 from ..data.sources import Joined, open_source
 from ..data.stream_order import check_division
@@ -49,18 +54,43 @@ class Parts:
     images: str  # what holds them, which decides their order and, with FFCV, their pixels
     precision_reason: str
     gflops_per_image: float
+    batches: Dataset[Batch] | None = None  # what makes the micro-batch of a request, where `train` alone does not
+    after: Callable[[Batch], Batch] | None = None  # what is left to be done to a batch on the device
+
+    def open(self, plan: Plan) -> Reader:
+        """The reader of the images of `train` by a plan."""
+        if self.batches is not None:
+            assert self.order is not None
+            return Loader.of(self.batches, self.order, plan)
+        return open_reader(self.train, self.augment, self.masks, self.order, plan, self.reader)
 
 
 def assemble(config: Config, world: World, dataset: Any = None, val_dataset: Any = None) -> Parts:
     """Build the parts; raises UserError or DataError for everything in the configuration that cannot work."""
     method = build_method(config)
-    choose_kernels(method, world.device)  # now, so that what cannot be had ends the run before it starts
     masks = build_masks(config, method.encoder.grid)
-    train, val, reader = _sources(config, dataset, val_dataset)
-    where = config.loader.augment
+    train, val, reader = open_sources(config, dataset, val_dataset)
+    first = masks(config.seed, 0, 0, np.arange(min(64, len(train))))
+    return put_together(
+        config, world, method, train, val, reader, masks=masks, gflops_per_image=_flops(method, first) / 1e9
+    )
+
+
+def put_together(
+    config: Config,
+    world: World,
+    method: Method,
+    train: Source | Stream,
+    val: Source | None,
+    reader: str = "index",
+    **more: Any,
+) -> Parts:
+    """The parts around a method and its images; `more` are fields of `Parts` beside those that follow from these."""
+    choose_kernels(method, world.device)  # now, so that what cannot be had ends the run before it starts
+    where, optim = config.loader.augment, config.optim
     # The same pixels either way; on a CPU Pillow is faster, and FFCV's loader cannot do it.
     on_device = where == "device" or (where == "auto" and (world.device.type == "cuda" or reader == "ffcv"))
-    batch = config.optim.batch_size
+    batch = optim.batch_size
     micro = check_batch_sizes(len(train), batch, config.loader.micro_batch, world.size)
     workers = _workers(config, world, train)
     if isinstance(train, Stream):
@@ -69,15 +99,15 @@ def assemble(config: Config, world: World, dataset: Any = None, val_dataset: Any
     length, accumulation = epoch_length(len(train), batch, config.data.remainder), batch // world.size // micro
     per_epoch = length / batch
     schedules = build_schedules(config, per_epoch, accumulation)
-    first = masks(config.seed, 0, 0, np.arange(min(64, len(train))))
+    given: dict[str, Any] = {"masks": None, "augment": None, **more}
+    if given["augment"] is None:
+        given["augment"] = build_augment(config, on_device)
     return Parts(
         method=method, reader=reader, train=train, val=val, order=_order(config, train, length),
-        masks=masks, augment=build_augment(config, on_device),
         schedules=schedules, adversary_schedules=adversary_schedules(config, schedules),
         micro_batch=micro, accumulation=accumulation,
-        steps_per_epoch=per_epoch, steps=length * config.optim.epochs // batch,
-        workers=workers, images=_kind(train, reader),
-        precision_reason=reason, gflops_per_image=_flops(method, first) / 1e9,
+        steps_per_epoch=per_epoch, steps=optim.steps or length * optim.epochs // batch,
+        workers=workers, images=_kind(train, reader), precision_reason=reason, **given,
     )  # fmt: skip
 
 
@@ -104,7 +134,7 @@ def _flops(method: Method, masks: Masks) -> float:
     return method.flops_per_image(*masks.visible.shape[1:])
 
 
-def _sources(config: Config, dataset: Any, val_dataset: Any) -> tuple[Source | Stream, Source | None, str]:
+def open_sources(config: Config, dataset: Any, val_dataset: Any) -> tuple[Source | Stream, Source | None, str]:
     """What to train on, what is held out, and by which reader."""
     channels, data = config.model.channels, config.data
     if dataset is not None:

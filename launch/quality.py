@@ -17,7 +17,7 @@ from .config import Probe
 from .engine.base import Engine
 
 
-class _Views(Dataset):
+class EvaluationViews(Dataset):
     """Evaluation views of chosen images; an unreadable one counts as none."""
 
     def __init__(self, source: Source, indices: np.ndarray, size: tuple[int, int], interpolation: str):
@@ -35,7 +35,7 @@ class _Views(Dataset):
         return evaluation_view(image, self.size, self.interpolation), self.source.label(index), i
 
 
-def _stack(items: list) -> tuple[torch.Tensor, list[int], list[int]]:
+def stack_views(items: list) -> tuple[torch.Tensor, list[int], list[int]]:
     items = [item for item in items if item is not None]
     images = torch.stack([image for image, _, _ in items]) if items else torch.empty(0)
     return images, [label for _, label, _ in items], [place for _, _, place in items]
@@ -55,8 +55,8 @@ def features(
     and gets all; images that cannot be read are left out.
     """
     world, encoder = engine.world, engine.method.encoder
-    views = _Views(source, indices[world.rank :: world.size], encoder.image_size, interpolation)
-    loader = iter(DataLoader(views, batch, num_workers=workers, collate_fn=_stack))
+    views = EvaluationViews(source, indices[world.rank :: world.size], encoder.image_size, interpolation)
+    loader = iter(DataLoader(views, batch, num_workers=workers, collate_fn=stack_views))
     found, labels, places = [np.empty((0, encoder.num_features), np.float32)], [], []
     nothing = torch.zeros(1, encoder.channels, *encoder.image_size)
     # The same number of forward passes on every rank, since weights may have to be gathered for each.

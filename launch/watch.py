@@ -27,6 +27,8 @@ class Watch:
 
     def __call__(self, step: int, batch: Batch) -> None:
         every = self.config
+        if not isinstance(self.method, (Jepa, Mae)):
+            return  # a task has labels to be measured by
         if every.pictures_every and (step == 1 or step % every.pictures_every == 0):
             self._draw(batch)
         if every.collapse_every and step % every.collapse_every == 0:

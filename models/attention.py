@@ -6,13 +6,13 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from timm.layers.drop import DropPath
 from timm.layers.mlp import Mlp
 from torch import Tensor, nn
 
 from ..kernels import dispatch
 from ..kernels.relative_attention import relative_attention, unsupported
 from ..kernels.relative_reference import attention
+from .drop_path import DropPath
 from .relative import Relative, RelativeAttack, RelativeTable
 
 
@@ -112,9 +112,10 @@ class RelativeBlock(nn.Module):
         self.attn = RelativeAttention(width, heads, relative, prefix)
         self.norm2 = norm_layer(width)
         self.mlp = Mlp(width, int(width * mlp_ratio))
-        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+        self.drop_path1 = DropPath(drop_path) if drop_path else nn.Identity()
+        self.drop_path2 = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor, grid: tuple[int, int], attack: RelativeAttack | None = None) -> Tensor:
         """`[B, L, D]` to `[B, L, D]`; `grid` and `attack` as for `RelativeAttention`."""
-        x = x + self.drop_path(self.attn(self.norm1(x), grid, attack))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        x = x + self.drop_path1(self.attn(self.norm1(x), grid, attack))
+        return x + self.drop_path2(self.mlp(self.norm2(x)))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -53,8 +54,18 @@ class Method(nn.Module):
         """The context in which this method computes."""
         return torch.autocast(self.mean.device.type, self.compute_dtype, self.compute_dtype != torch.float32)
 
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """The context in which nothing is dropped and no statistics move."""
+        was = self.training
+        self.eval()
+        try:
+            yield
+        finally:
+            self.train(was)
+
     def normalise(self, images: Tensor) -> Tensor:
-        """uint8 images `[B, C, H, W]` as normalised float32."""
+        """Images `[B, C, H, W]`, uint8 or float32 in 0…255, as normalised float32."""
         return (images.float() / 255 - self.mean) / self.std
 
     def denormalise(self, images: Tensor) -> Tensor:

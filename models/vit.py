@@ -13,6 +13,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from .attention import RelativeBlock
+from .drop_path import DropPath
 from .positions import Positions
 from .relative import Relative, RelativeAttack
 from .windows import WindowBlock
@@ -105,7 +106,8 @@ def transformer_blocks(
     """`size.depth` pre-norm transformer blocks with biased qkv and exact GELU.
 
     With `relative` positions they are `RelativeBlock`s, whose first `prefix` tokens are no patches. The share of
-    samples whose residual branch is dropped in training rises from 0 in the first block to `drop_path` in the last.
+    samples whose residual branches are dropped in training rises from 0 in the first block to `drop_path` in the last
+    (see `draw_paths`).
     """
     layer = norm_layer(norm)
     rates = [drop_path * i / max(1, size.depth - 1) for i in range(size.depth)]
@@ -113,10 +115,14 @@ def transformer_blocks(
         return nn.ModuleList(
             RelativeBlock(size.width, size.heads, size.mlp_ratio, relative, layer, prefix, rate) for rate in rates
         )
-    return nn.ModuleList(
-        Block(size.width, size.heads, size.mlp_ratio, qkv_bias=True, norm_layer=layer, drop_path=rate)  # pyright: ignore
-        for rate in rates
-    )
+    blocks = [
+        Block(size.width, size.heads, size.mlp_ratio, qkv_bias=True, norm_layer=layer)  # pyright: ignore
+        for _ in rates
+    ]
+    for block, rate in zip(blocks, rates, strict=True):
+        if rate:
+            block.drop_path1, block.drop_path2 = DropPath(rate), DropPath(rate)
+    return nn.ModuleList(blocks)
 
 
 def run_blocks(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from elsewhere.launch.optim import make_optimizer, set_step
+from elsewhere.launch.optim import decays_in_adpe, make_optimizer, set_step
 from elsewhere.models.adversary import Adversary
 
 NORMS = {0: "none", 1: "l2", 2: "linf"}
@@ -56,7 +56,7 @@ def test_the_other_groups_after_every_step(golden, close, mae_schedules_of):
                 owner.add_module(part, torch.nn.Module())
             owner = getattr(owner, part)
         owner.register_parameter(leaf, torch.nn.Parameter(value.clone()))
-    optimizer = make_optimizer(module, betas=(0.9, 0.95), decay_all=True)
+    optimizer = make_optimizer(module, betas=(0.9, 0.95), rule=decays_in_adpe)
     schedules, rates = schedules_and_rates(golden, mae_schedules_of)
     for step in range(len(rates)):
         set_step(optimizer, schedules, step)

@@ -229,7 +229,7 @@ def test_after_an_overflow_method_and_adversary_go_on_together(train, monkeypatc
     """Their counts of steps are equal, and less than the run's by those that were skipped."""
     built = []
     monkeypatch.setattr(
-        "elsewhere.launch.pretrain.build_engine", lambda *given: built.append(build_engine(*given)) or built[-1]
+        "elsewhere.launch.run.build_engine", lambda *given: built.append(build_engine(*given)) or built[-1]
     )
     result = train({**OVERFLOWING, "optim.epochs": 3})
     about = saved(result.run, 18).about["engine"]
@@ -250,7 +250,7 @@ def test_every_skipped_step_has_its_row(train):
 if __name__ == "__main__":
     import sklearn.datasets  # noqa: F401 - before the forks, as is all that a run needs
 
-    import elsewhere.launch.pretrain
+    import elsewhere.launch.run
 
     for settings in json.loads(sys.argv[1]):
         run_on_two_ranks(settings)

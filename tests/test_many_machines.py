@@ -135,7 +135,7 @@ import os, sys, time
 import torch
 import elsewhere
 import elsewhere.launch.monitor
-import elsewhere.launch.pretrain
+import elsewhere.launch.run
 from elsewhere.launch.nodes.guard import RankFailed
 
 class Digits(torch.utils.data.Dataset):
@@ -154,7 +154,7 @@ class Monitor(elsewhere.launch.monitor.Monitor):
         if self.world.rank == 1 and self.step == 5:
             {bug}
 
-elsewhere.launch.pretrain.Monitor = Monitor
+elsewhere.launch.run.Monitor = Monitor
 settings = dict(item.split("=", 1) for item in sys.argv[1:])
 import yaml
 settings = {{key: yaml.safe_load(value) for key, value in settings.items()}}

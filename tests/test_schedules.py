@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from elsewhere.launch.optim import make_optimizer, scaled_lr
+from elsewhere.launch.optim import decays_in_adpe, make_optimizer, scaled_lr
 
 
 @pytest.mark.golden("A6_*")
@@ -100,4 +100,4 @@ def test_tokens_and_tables_do_not_decay_as_recommended():
 def test_tokens_and_tables_decay_as_released():
     module = Named()
     expected = {"weight", "mask_token", "table", "rows_table", "columns_table"}
-    assert decayed_names(make_optimizer(module, decay_all=True), module) == expected
+    assert decayed_names(make_optimizer(module, rule=decays_in_adpe), module) == expected

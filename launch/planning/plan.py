@@ -14,10 +14,10 @@ from ...data.images import DataError
 from ...data.order import check_batch_sizes, epoch_length
 from ...models.mae import Mae
 from ..build import build_masks
-from ..config import Config
+from ..config import TASKS, Config
 from ..engine.precision import DTYPES
 from ..errors import UserError
-from ..parts import _flops, _sources
+from ..parts import _flops, open_sources
 from . import pace
 from .activations import Activations, activations, on_meta
 from .hardware import Gpu, gpu, link
@@ -61,6 +61,8 @@ class Case:
 def open_case(config: Config, gpu_name: str, images: int | None, recipe: str) -> Case:
     """What is the same at every number of GPUs; UserError for a GPU that cannot, and for what `build` refuses."""
     found, precision = gpu(gpu_name), config.engine.precision
+    if config.method.kind in TASKS:
+        raise UserError(f"`elsewhere plan` plans pre-training, and this recipe trains a task ({config.method.kind}).")
     if precision == "bfloat16" and not found.bfloat16:
         raise UserError(f"{gpu_name} does not compute bfloat16: set engine.precision=float16, or float32.")
     dtype = (torch.bfloat16 if found.bfloat16 else torch.float32) if precision == "auto" else DTYPES[precision]
@@ -69,7 +71,7 @@ def open_case(config: Config, gpu_name: str, images: int | None, recipe: str) ->
     unseen = _unseen(config) if images is None else None
     if images is None and config.data.path and not unseen:
         try:
-            images = len(_sources(config, None, None)[0])
+            images = len(open_sources(config, None, None)[0])
         except DataError as error:
             raise UserError(str(error)) from error
     attack = method.attack_tensors() if isinstance(method, Mae) else {}
