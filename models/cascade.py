@@ -92,9 +92,7 @@ class CascadeHeads(RoIHeads):
         pooled = _Scaled.apply(self.box_roi_pool(features, boxes, shapes), 1 / len(self.coders))
         return self.box_predictor[number](self.box_head[number](pooled))  # pyright: ignore
 
-    def refine(
-        self, number: int, deltas: Tensor, boxes: list[Tensor], shapes: list[tuple[int, int]]
-    ) -> list[Tensor]:
+    def refine(self, number: int, deltas: Tensor, boxes: list[Tensor], shapes: list[tuple[int, int]]) -> list[Tensor]:
         """The boxes of each image moved by the `deltas` `[n, 4]` of stage `number`, cut to the image; no gradient."""
         moved = self.coders[number].decode_single(deltas.detach(), torch.cat(boxes))
         parts = moved.split([len(one) for one in boxes])
@@ -144,9 +142,7 @@ class CascadeHeads(RoIHeads):
         masks, kinds = [t["masks"] for t in targets], [t["labels"] for t in targets]
         return maskrcnn_loss(self._mask_logits(features, boxes, shapes), boxes, masks, kinds, matched)
 
-    def _mask_logits(
-        self, features: dict[str, Tensor], boxes: list[Tensor], shapes: list[tuple[int, int]]
-    ) -> Tensor:
+    def _mask_logits(self, features: dict[str, Tensor], boxes: list[Tensor], shapes: list[tuple[int, int]]) -> Tensor:
         assert self.mask_roi_pool is not None and self.mask_head is not None and self.mask_predictor is not None
         return self.mask_predictor(self.mask_head(self.mask_roi_pool(features, boxes, shapes)))
 
