@@ -108,6 +108,8 @@ def _build_method(config: Config) -> Method:
         section = config.method.classifier
         with user_errors():
             return Classifier(encoder, section.classes or 1000, section.pool, config.seed, mean, std)
+    if config.method.kind == "detect":
+        return _build_detector(config, encoder, mean, std)
     visible_only = config.method.kind == "mae"
     section, relative = config.method.decoder, _relative(config)
     size = Size(section.width, section.depth, section.heads)
@@ -143,6 +145,21 @@ def _build_jepa(config: Config, encoder: Encoder, mean: list[float], std: list[f
         encoder, predictor, seed=config.seed, mean=mean, std=std,
         teacher_layers=layers, pairing=config.method.pairing,
     )  # fmt: skip
+
+
+def _build_detector(config: Config, encoder: Encoder, mean: list[float], std: list[float]) -> Method:
+    from ..models.vitdet import Detector, Heads  # torchvision's detectors take a second to import
+
+    section = config.method.detector
+    heads = Heads(
+        cascade=section.head == "cascade", masks=section.masks, width=section.width, hidden=section.hidden,
+        anchors=section.anchors, regions=section.regions, score=section.score, overlap=section.overlap,
+        detections=section.detections,
+    )  # fmt: skip
+    with user_errors():
+        return Detector(
+            encoder, section.classes or 80, heads, section.window, section.global_blocks, config.seed, mean, std
+        )
 
 
 def choose_kernels(method: Method, device: torch.device) -> dict[str, Choice]:
@@ -207,7 +224,7 @@ def build_schedules(config: Config, steps_per_epoch: float, accumulation: int = 
         final_weight_decay=optim.final_weight_decay, momentum=teacher.momentum,
         final_momentum=teacher.final_momentum, stretch=optim.stretch,
         freeze_lr=freeze(optim.freeze_lr), freeze_weight_decay=freeze(optim.freeze_weight_decay),
-        first_counter=first, whole_steps=optim.schedule == "stop",
+        first_counter=first, whole_steps=optim.schedule == "stop", drops=tuple(optim.drops),
     )  # fmt: skip
 
 

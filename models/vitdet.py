@@ -11,7 +11,6 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Protocol
 
 import torch
@@ -28,6 +27,7 @@ from torchvision.ops.poolers import LevelMapper
 
 from ..kernels.dispatch import Choice
 from .cascade import STAGES, CascadeHeads
+from .drop_path import draw_paths
 from .method import IMAGENET_MEAN, IMAGENET_STD, Method
 from .vit import Encoder
 from .windows import attend_in_windows, global_blocks
@@ -39,7 +39,7 @@ class TruthBatch(Protocol):
     """What `Detector` reads of a batch: images `[B, C, H, W]`, of each the objects, and what it is keyed by."""
 
     images: Tensor
-    truth: Sequence[dict[str, Tensor]]
+    truth: Tensor | list[dict[str, Tensor]] | None
     sample_ids: Tensor
     epochs: Tensor
     step: int
@@ -229,6 +229,8 @@ class Detector(Method):
         masks are learned, `masks` `[n, H, W]`. An image without boxes is background. Every parameter takes part
         whatever is found, so that ranks exchange the same gradients.
         """
+        draw_paths(self.encoder.blocks, self.seed, batch.epochs, batch.sample_ids)
+        assert isinstance(batch.truth, list), "a detector's batch says what is on each image"
         targets = [dict(one) for one in batch.truth]
         with self._drawn_for(batch), self.autocast():
             images = self.normalise(batch.images)
@@ -256,17 +258,12 @@ class Detector(Method):
         Boxes, scores, labels (from 1 on) and, where they are learned, masks `[n, height, width]` bool of each, in
         pixels of the images at their own `sizes` `[B, 2]`; best scores first.
         """
-        was = self.training
-        self.eval()
-        try:
-            with self.autocast():
-                normalised = self.normalise(images)
-                features = self.features(normalised)
-                inside = ImageList(normalised, [(height, width) for height, width in filled.tolist()])
-                proposals, _ = self.proposals(inside, features)
-                found, _ = self.regions(features, proposals, inside.image_sizes)
-        finally:
-            self.train(was)
+        with self.evaluating(), torch.no_grad(), self.autocast():
+            normalised = self.normalise(images)
+            features = self.features(normalised)
+            inside = ImageList(normalised, [(height, width) for height, width in filled.tolist()])
+            proposals, _ = self.proposals(inside, features)
+            found, _ = self.regions(features, proposals, inside.image_sizes)
         for one, inner, size in zip(found, filled, sizes, strict=True):
             down, across = (size / inner).tolist()
             one["boxes"] = one["boxes"] * one["boxes"].new_tensor([across, down, across, down])

@@ -38,7 +38,7 @@ class WindowBlock(nn.Module):
         if isinstance(block, RelativeBlock) and block.attn.prefix:
             raise ValueError("Attention in windows has no place for a class token: set model.class_token=false.")
         for name in ("norm1", "attn", "drop_path1", "norm2", "mlp", "drop_path2"):
-            setattr(self, name, getattr(block, name, nn.Identity()))
+            setattr(self, name, getattr(block, name))
 
     def forward(self, x: Tensor, grid: tuple[int, int], attack: RelativeAttack | None = None) -> Tensor:
         """`[B, N, D]` to `[B, N, D]`, for the patches of `grid` (rows, columns); attacks are not for windows."""
