@@ -290,7 +290,7 @@ def _bench_kernels(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 _COMMANDS = {
-    "pretrain": _pretrain, "finetune": run_finetune, "detect": run_detect, "show": _show, "configs": _configs, "plan": run_plan,
-    "submit": run_submit, "hosts": run_hosts, "bench": _bench, "shards": run_shards, "inspect": run_inspect,
-    "consolidate": run_consolidate,
+    "pretrain": _pretrain, "finetune": run_finetune, "detect": run_detect, "show": _show, "configs": _configs,
+    "plan": run_plan, "submit": run_submit, "hosts": run_hosts, "bench": _bench, "shards": run_shards,
+    "inspect": run_inspect, "consolidate": run_consolidate,
 }  # fmt: skip
