@@ -89,7 +89,7 @@ def drawn_cutouts(split: str, classes: int = 3, size: int = 48) -> Cutouts:
     stamps = []
     for label in range(classes):
         for _ in range(6):
-            colour = tuple(int(c) for c in rng.integers(0, 256, 3)) + (255,)
+            colour = (*(int(c) for c in rng.integers(0, 256, 3)), 255)
             stamp = Image.new("RGBA", (size, size), (0, 0, 0, 0))
             draw = ImageDraw.Draw(stamp)
             if label % 3 == 0:

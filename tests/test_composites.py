@@ -1,6 +1,7 @@
 """Composited scenes: masks and boxes are those of what is seen, and no cut-out is in both splits."""
 
 import numpy as np
+
 from elsewhere.tests.composites import BACKGROUND, UNLABELLED, compose, drawn_cutouts, held_out
 
 
