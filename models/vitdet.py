@@ -62,6 +62,11 @@ class Heads:
     detections: int = 100  # per image
 
 
+def _exact(x: Tensor) -> Tensor:
+    """`x` in float32, or float64 where it is."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 class SimplePyramid(nn.Module):
     """Maps at 4, 2, 1 and ½ times the resolution of the last one, each by itself, and a coarser one (ViTDet, fig. 2).
 
@@ -89,7 +94,7 @@ class SimplePyramid(nn.Module):
 
     def forward(self, features: Tensor) -> list[Tensor]:
         # In float32 whatever the method computes in: anchors take their type from here.
-        maps = [level(features).float() for level in self.levels]
+        maps = [_exact(level(features)) for level in self.levels]
         return [*maps, nn.functional.max_pool2d(maps[-1], 1, 2)]
 
 
@@ -98,7 +103,7 @@ class _ProposalHead(RPNHead):
 
     def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         objectness, deltas = super().forward(x)
-        return [one.float() for one in objectness], [one.float() for one in deltas]
+        return [_exact(one) for one in objectness], [_exact(one) for one in deltas]
 
 
 class _Predictor(FastRCNNPredictor):
@@ -114,14 +119,14 @@ class _Predictor(FastRCNNPredictor):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         scores, deltas = super().forward(x)
-        return scores.float(), deltas.float()
+        return _exact(scores), _exact(deltas)
 
 
 class _MaskPredictor(MaskRCNNPredictor):
     """torchvision's predictor, outputs in float32."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input).float()
+        return _exact(super().forward(input))
 
 
 def _region_pool(strides: Sequence[int], size: int) -> MultiScaleRoIAlign:
