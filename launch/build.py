@@ -71,10 +71,13 @@ def build_encoder(config: Config) -> Encoder:
     _check_width("model", size, model.positions)
     class_token = config.method.kind != "jepa" if model.class_token is None else model.class_token
     with user_errors():
-        return Encoder(
+        encoder = Encoder(
             model.image_size, model.patch_size, model.channels, size, positions=model.positions,
             class_token=class_token, relative=_relative(config), drop_path=model.drop_path, **_init(config),
         )  # fmt: skip
+    if config.method.kind == "classify" and config.method.classifier.pool == "mean":
+        encoder.norm = nn.Identity()  # the classifier norms what it has pooled
+    return encoder
 
 
 def _relative(config: Config) -> Relative | None:
