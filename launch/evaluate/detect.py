@@ -69,6 +69,8 @@ class Detection:
         if wanted is not None and wanted != found:
             raise DataError(f"method.detector.classes={wanted}, but {train.path} has {found} categories; set it to "
                             f"{found}, or leave it out.")  # fmt: skip
+        if world.first:
+            say_left_out(train, val)
         known = config.model_copy(deep=True)
         known.method.detector.classes = found
         method = build_method(known)
@@ -105,6 +107,14 @@ class Detection:
 
     def summary(self, console: Console, result: Result) -> None:
         say(console, f"Finished: {result.steps} steps in {result.run}; figures in {result.run / 'results.json'}.")
+
+
+def say_left_out(*sources: CocoImages | None) -> None:
+    """One line for each file of which something was left out."""
+    for source in sources:
+        if source is not None and source.dropped:
+            counts = ", ".join(f"{count:,} {what}" for what, count in source.dropped.items())
+            say(Console(), f"Left out of {source.path}: {counts}.")
 
 
 def _figures(found: dict[str, Any], kind: str) -> str:
