@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections import Counter
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -224,8 +224,7 @@ class CocoImages:
                 continue
             _, height, width = known[image]
             box, crowd = entry.get("bbox"), entry.get("iscrowd", 0)
-            numbers = isinstance(box, list) and len(box) == 4 and all(isinstance(v, int | float) for v in box)
-            if not numbers or not all(map(math.isfinite, box)) or min(box[2:]) < 0:
+            if not _is_box(box):
                 self._fault("malformed boxes", f"{what} has the box {box}, not [left, top, width, height]; mend it")
                 continue
             left, top, across, down = box
@@ -251,6 +250,12 @@ class CocoImages:
                 continue
             objects[image].append([box, labels[entry["category_id"]], outline])
         return objects
+
+
+def _is_box(box: Any) -> TypeGuard[list[float]]:
+    """Whether a box is four finite numbers, the last two not negative."""
+    numbers = isinstance(box, list) and len(box) == 4 and all(isinstance(one, int | float) for one in box)
+    return numbers and all(map(math.isfinite, box)) and min(box[2:]) >= 0
 
 
 def _is_outline(outline: Any, height: int, width: int) -> bool:

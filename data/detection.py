@@ -156,11 +156,11 @@ class DetectionBatches(Dataset[Batch]):
         boxes, labels, outlines = self.source.objects(i)
         size = self.source.sizes[i].tolist()
         boxes = place_boxes(boxes, size, where, self.canvas)
-        seen = (boxes[:, 2:] - boxes[:, :2] > _SMALLEST).all(axis=1)
+        seen = np.all(boxes[:, 2:] - boxes[:, :2] > _SMALLEST, axis=1)
         out: dict[str, np.ndarray] = {}
         if self.masks:
             masks = [place_mask(outlines[k], size, where, self.canvas) for k in np.flatnonzero(seen)]
-            seen[seen] = [mask.any() for mask in masks]
+            seen[np.flatnonzero(seen)] = [mask.any() for mask in masks]
             masks = [mask for mask in masks if mask.any()]
             out["masks"] = np.stack(masks) if masks else np.zeros((0, *self.canvas), np.uint8)
             boxes = boxes_of(out["masks"])

@@ -145,7 +145,7 @@ def _proposal_network(strides: Sequence[int], heads: Heads) -> RegionProposalNet
     """torchvision's, with anchors of 8 strides at every level in three shapes."""
     anchors = AnchorGenerator(tuple((8 * stride,) for stride in strides), ((0.5, 1.0, 2.0),) * len(strides))
     head = _ProposalHead(heads.width, 3, conv_depth=2)
-    before = dict(zip(("training", "testing"), heads.proposals, strict=True))
+    before: dict[str, int] = dict(zip(("training", "testing"), heads.proposals, strict=True))
     after = dict.fromkeys(before, heads.kept)
     return RegionProposalNetwork(anchors, head, 0.7, 0.3, heads.anchors, 0.5, before, after, 0.7)
 
@@ -163,13 +163,15 @@ def _region_heads(strides: Sequence[int], classes: int, heads: Heads) -> RoIHead
     last = {"score_thresh": heads.score, "nms_thresh": heads.overlap, "detections_per_img": heads.detections}
     if heads.masks:
         masks = _MaskPredictor(width, width, classes + 1)
-        nn.init.normal_(masks.mask_fcn_logits.weight, std=0.001)
+        nn.init.normal_(masks.mask_fcn_logits.weight, std=0.001)  # pyright: ignore
         mask_head = MaskRCNNHeads(width, convolutions, 1, norm_layer=LayerNorm2d)
         last |= {"mask_roi_pool": _region_pool(strides, 14), "mask_head": mask_head, "mask_predictor": masks}
     pool = _region_pool(strides, 7)
     if heads.cascade:
-        stages = [(box_head(), predictor()) for _ in STAGES]
-        return CascadeHeads(pool, *zip(*stages, strict=True), heads.regions, 0.25, **last)
+        stages = range(len(STAGES))
+        return CascadeHeads(
+            pool, [box_head() for _ in stages], [predictor() for _ in stages], heads.regions, 0.25, **last
+        )
     return RoIHeads(pool, box_head(), predictor(), 0.5, 0.5, heads.regions, 0.25, None, **last)
 
 
@@ -224,8 +226,8 @@ class Detector(Method):
 
     def features(self, images: Tensor) -> OrderedDict[str, Tensor]:
         """The pyramid's maps, finest first, of normalised images `[B, C, H, W]`."""
-        (last,) = self.encoder.forward_intermediates(images, indices=1, intermediates_only=True)
-        return OrderedDict((str(level), one) for level, one in enumerate(self.pyramid(last)))  # pyright: ignore
+        last = self.encoder.forward_intermediates(images, indices=1, intermediates_only=True)[0]
+        return OrderedDict((str(level), one) for level, one in enumerate(self.pyramid(last)))
 
     def objective(self, batch: TruthBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """The sum of all losses (a float32 scalar), and each of them, detached.

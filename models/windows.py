@@ -37,8 +37,12 @@ class WindowBlock(nn.Module):
         self.window, self.relative = window, isinstance(block, RelativeBlock)
         if isinstance(block, RelativeBlock) and block.attn.prefix:
             raise ValueError("Attention in windows has no place for a class token: set model.class_token=false.")
-        for name in ("norm1", "attn", "drop_path1", "norm2", "mlp", "drop_path2"):
-            setattr(self, name, getattr(block, name))
+        self.norm1: nn.Module = block.norm1  # pyright: ignore
+        self.attn: nn.Module = block.attn  # pyright: ignore
+        self.drop_path1: nn.Module = block.drop_path1  # pyright: ignore
+        self.norm2: nn.Module = block.norm2  # pyright: ignore
+        self.mlp: nn.Module = block.mlp  # pyright: ignore
+        self.drop_path2: nn.Module = block.drop_path2  # pyright: ignore
 
     def forward(self, x: Tensor, grid: tuple[int, int], attack: RelativeAttack | None = None) -> Tensor:
         """`[B, N, D]` to `[B, N, D]`, for the patches of `grid` (rows, columns); attacks are not for windows."""

@@ -39,10 +39,7 @@ def average_precision(
     `records` are detections of the images `image_ids` of the file `annotations`. A figure is None where the file has
     nothing to measure it on, such as objects of that size. Raises `DataError` without pycocotools.
     """
-    mask_tools()
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
-
+    make_coco, make_judge = _pycocotools()
     content, chosen = read_coco(annotations), {int(one) for one in image_ids}
     objects = [one for one in content["annotations"] if one["image_id"] in chosen]
     for number, one in enumerate(objects, start=1):  # what COCO's files have and others forget
@@ -54,13 +51,13 @@ def average_precision(
     out: dict[str, Any] = {}
     by_category: dict[str, dict[str, float | None]] = {one["name"]: {} for one in content["categories"]}
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO()
+        truth = make_coco()
         truth.dataset = content
         truth.createIndex()
         for name, kind in (("box", "bbox"), ("mask", "segm"))[: 1 + masks]:
             # With a box in it, a mask's area would be taken to be the box's.
             part = [{k: v for k, v in one.items() if k != "bbox" or kind == "bbox"} for one in records]
-            judge = COCOeval(truth, truth.loadRes(part) if part else _nothing(truth), kind)
+            judge = make_judge(truth, truth.loadRes(part) if part else _nothing(truth), kind)
             judge.evaluate()
             judge.accumulate()
             judge.summarize()
@@ -74,11 +71,18 @@ def average_precision(
     return out | {"categories": by_category}
 
 
+def _pycocotools() -> tuple[Any, Any]:
+    """pycocotools' COCO and COCOeval; `DataError` without it."""
+    mask_tools()
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    return COCO, COCOeval
+
+
 def _nothing(truth: Any) -> Any:
     """Detections of nothing, which `loadRes` does not take."""
-    from pycocotools.coco import COCO
-
-    empty = COCO()
+    empty = _pycocotools()[0]()
     empty.dataset = {key: truth.dataset[key] for key in ("images", "categories")} | {"annotations": []}
     empty.createIndex()
     return empty
