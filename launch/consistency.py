@@ -21,7 +21,9 @@ _OF = {
                  "data.label_smoothing", "model.relative", "model.drop_path", "optim.layer_decay", "init.resample"),
     "segment": ("method.segmenter", "data.maps", "optim.power", "model.relative",
                 "model.drop_path", "optim.layer_decay", "init.resample"),
-    "detect": ("model.relative", "model.drop_path", "optim.layer_decay", "init.resample"),
+    "detect": ("method.detector", "data.annotations", "data.images", "data.val_annotations", "data.val_images",
+               "data.jitter", "data.without_boxes", "model.relative", "model.drop_path", "optim.layer_decay",
+               "init.resample"),
 }  # fmt: skip
 _TOKENS = {
     "jepa": ("learned", "projection_bias", "none"),
