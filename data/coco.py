@@ -14,6 +14,7 @@ import numpy as np
 from .decode import UnreadableImage, read_image
 from .images import DataError
 
+NEEDS_PYCOCOTOOLS = "Detection needs pycocotools: `pip install pycocotools`, or this package as elsewhere[detect]."
 _SLACK = 1.0  # pixels that a box may reach beyond its image: COCO's own are rounded
 
 
@@ -22,9 +23,7 @@ def mask_tools() -> Any:
     try:
         from pycocotools import mask
     except ImportError:
-        raise DataError(
-            "Detection needs pycocotools: `pip install pycocotools`, or this package as elsewhere[detect]."
-        ) from None
+        raise DataError(NEEDS_PYCOCOTOOLS) from None
     return mask
 
 

@@ -126,7 +126,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.kind == "trees":
         return write_trees(given.folder, given.deepforest, given.tile)
-    from composites import CLASSES, load_cutouts, scenes
+    from elsewhere.tests.composites import CLASSES, load_cutouts, scenes
 
     for split, count in (("train", given.train), ("val", given.val)):
         cutouts = load_cutouts(given.stamps, given.photos, split)

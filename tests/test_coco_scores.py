@@ -1,6 +1,7 @@
 """Average precision: of perfect detections, and computed by hand."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +106,7 @@ def test_images_that_are_not_measured_count_for_nothing(tmp_path):
 
 
 def test_without_pycocotools_the_command_that_installs_it_is_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "pycocotools", None)
+    for name in ("pycocotools", "pycocotools.coco", "pycocotools.cocoeval"):
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(DataError, match="pip install pycocotools"):
         average_precision(written(tmp_path, TRUE), [1], [], False)

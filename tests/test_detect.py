@@ -191,6 +191,20 @@ def test_held_out_images_of_other_categories_are_refused(settings, tmp_path, coc
         detect("detect", **settings)
 
 
+def test_a_run_of_other_categories_is_refused(settings, tmp_path, coco, capsys):
+    settings |= {"optim.steps": 1, "probe.after": False}
+    detect("detect", **settings)
+    for path in coco.glob("annotations/*.json"):
+        (tmp_path / path.name).write_text(path.read_text())
+        without(tmp_path / path.name, lambda content: content["categories"].append({"id": 77, "name": "more"}))
+        split = path.stem.removeprefix("instances_")
+        prefix = "data." if split == "train" else "data.val_"
+        settings |= {prefix + "annotations": str(tmp_path / path.name), prefix + "images": str(coco / split)}
+    assert main(["detect", "detect", *command_line(settings), "--evaluate"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "was trained on 3 categories" in said and "has 4" in said
+
+
 def test_what_is_left_out_is_said(settings, tmp_path, coco, capsys):
     path = tmp_path / "instances_train.json"
     path.write_text((coco / "annotations" / "instances_train.json").read_text())

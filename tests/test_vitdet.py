@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
+from elsewhere.launch.engine.activation_checkpointing import checkpoint_activations
 from elsewhere.models.relative import Relative
 from elsewhere.models.vit import Encoder, Size
 from elsewhere.models.vitdet import Detector, Heads, SimplePyramid
@@ -150,6 +151,18 @@ def test_in_bfloat16_boxes_stay_as_exact_as_pixels():
     # Predictors are close to zero at first, so that boxes are anchors, whose corners bfloat16 would round.
     nearest = torch.cdist(found["boxes"], expected["boxes"]).min(dim=1).values
     assert nearest.median() < 0.05
+
+
+@pytest.mark.parametrize("policy", ["full", "selective"])
+def test_blocks_that_are_computed_again_give_the_same_gradients(policy):
+    gradients = []
+    for how in ("none", policy):
+        method = detector(Relative(), drop_path=0.4)
+        checkpoint_activations(method, how)
+        method(batch(*SOME))[0].backward()
+        gradients.append({name: p.grad for name, p in method.named_parameters() if p.requires_grad})
+    for name, expected in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], expected, msg=name)
 
 
 def test_a_level_of_the_pyramid_halves_the_one_before():

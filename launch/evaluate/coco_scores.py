@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ...data.coco import mask_tools, read_coco
+from ...data.coco import NEEDS_PYCOCOTOOLS, mask_tools, read_coco
+from ...data.images import DataError
 
 NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
@@ -73,10 +74,11 @@ def average_precision(
 
 def _pycocotools() -> tuple[Any, Any]:
     """pycocotools' COCO and COCOeval; `DataError` without it."""
-    mask_tools()
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
-
+    try:
+        from pycocotools.coco import COCO
+        from pycocotools.cocoeval import COCOeval
+    except ImportError:
+        raise DataError(NEEDS_PYCOCOTOOLS) from None
     return COCO, COCOeval
 
 

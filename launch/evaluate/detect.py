@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,7 @@ class Detection:
         if wanted is not None and wanted != found:
             raise DataError(f"method.detector.classes={wanted}, but {train.path} has {found} categories; set it to "
                             f"{found}, or leave it out.")  # fmt: skip
+        check_categories(config, train)
         if world.first:
             say_left_out(train, val)
         known = config.model_copy(deep=True)
@@ -86,6 +89,8 @@ class Detection:
 
     def start(self, config: Config, parts: Parts) -> str:
         init = config.init
+        assert isinstance(parts.train, CocoImages)
+        record_categories(config, parts.train)
         if init.from_ is None:
             return "fresh weights"
         try:
@@ -107,6 +112,39 @@ class Detection:
 
     def summary(self, console: Console, result: Result) -> None:
         say(console, f"Finished: {result.steps} steps in {result.run}; figures in {result.run / 'results.json'}.")
+
+
+def _categories(images: CocoImages) -> list[list]:
+    return [list(pair) for pair in zip(images.category_ids, images.classes or [], strict=True)]
+
+
+def record_categories(config: Config, train: CocoImages) -> None:
+    """Write the ids and names of the categories, in the order of labels, to the run's `categories.json`."""
+    path = Path(str(config.run.dir)) / "categories.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(f".part{os.getpid()}")  # every rank writes the same
+    aside.write_text(json.dumps(_categories(train)), encoding="utf-8")
+    os.replace(aside, path)
+
+
+def check_categories(config: Config, train: CocoImages) -> None:
+    """Raise DataError for a run that was trained on other categories than those of `train`."""
+    run = Path(str(config.run.dir))
+    path = run / "categories.json"
+    if not path.is_file() or not any(run.glob("checkpoints/step-*")):
+        return
+    before, now = json.loads(path.read_text(encoding="utf-8")), _categories(train)
+    if len(before) != len(now):
+        raise DataError(
+            f"The run in {run} was trained on {len(before)} categories, and {train.path} has {len(now)}: name its own "
+            "data, or choose another run.dir."
+        )
+    for mine, theirs in zip(before, now, strict=True):
+        if mine != theirs:
+            raise DataError(
+                f"The run in {run} was trained with category {mine[0]} ({mine[1]}) where {train.path} has {theirs[0]} "
+                f"({theirs[1]}): name its own data, or choose another run.dir."
+            )
 
 
 def say_left_out(*sources: CocoImages | None) -> None:
