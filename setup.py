@@ -19,6 +19,7 @@ ROOMS = [
     ".launch",
     ".launch.engine",
     ".launch.evaluate",
+    ".launch.exchange",
     ".launch.nodes",
     ".launch.planning",
     ".models",

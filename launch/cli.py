@@ -30,6 +30,8 @@ from .evaluate.probe import add_probe_command, run_probe  # noqa: E402
 from .evaluate.reproduce import add_reproduce_command, run_reproduce  # noqa: E402
 from .evaluate.segment_command import add_segment_command, run_segment  # noqa: E402
 from .evaluate.suite import add_evaluate_command, run_evaluate  # noqa: E402
+from .exchange.export import add_export_command, run_export  # noqa: E402
+from .exchange.zoo_command import add_zoo_command, run_zoo  # noqa: E402
 from .inspect_path import add_inspect_command, run_inspect  # noqa: E402
 from .nodes.check_hosts import add_hosts_command, run_hosts  # noqa: E402
 from .nodes.submit import add_submit_command, run_submit  # noqa: E402
@@ -80,6 +82,8 @@ def _parser() -> argparse.ArgumentParser:
     add_shards_command(commands)
     add_inspect_command(commands)
     add_consolidate_command(commands)
+    add_export_command(commands)
+    add_zoo_command(commands)
     add_probe_command(commands)
     add_evaluate_command(commands)
     add_reproduce_command(commands)
@@ -329,6 +333,6 @@ def _bench_kernels(arguments: argparse.Namespace) -> dict[str, Any]:
 _COMMANDS = {
     "pretrain": _pretrain, "finetune": run_finetune, "segment": run_segment, "detect": run_detect, "show": _show,
     "configs": _configs, "plan": run_plan, "submit": run_submit, "hosts": run_hosts, "bench": _bench,
-    "shards": run_shards, "inspect": run_inspect, "consolidate": run_consolidate, "probe": run_probe,
-    "evaluate": run_evaluate, "reproduce": run_reproduce, "look": run_look,
+    "shards": run_shards, "inspect": run_inspect, "consolidate": run_consolidate, "export": run_export,
+    "zoo": run_zoo, "probe": run_probe, "evaluate": run_evaluate, "reproduce": run_reproduce, "look": run_look,
 }  # fmt: skip

@@ -116,6 +116,8 @@ def read_encoder(content: Content, path: object, which: str) -> tuple[ForeignEnc
         if called == "encoder" and is_ours(state):
             return state, f"the encoder of {path}"
         size = hub.get("image_size") or timm.get("image_size")
+        if content.ours is not None:
+            size = content.ours.model.image_size
         found = read_foreign(state, called, size, hub.get("heads") or timm.get("heads"))
     except ValueError as error:
         raise UserError(f"{path} {error}.") from error

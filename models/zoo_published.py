@@ -40,7 +40,8 @@ class Published:
     @property
     def architecture(self) -> str:
         """E.g. `ViT-B/16 at 224`."""
-        return f"ViT-{self.size[0].upper()}/{self.patch} at {self.image_size}"
+        letter = "g" if self.size == "giant" else self.size[0].upper()
+        return f"ViT-{letter}/{self.patch} at {self.image_size}"
 
     @property
     def heads(self) -> int:
