@@ -68,6 +68,7 @@ setup(
             "setuptools>=70.1",
             "tifffile>=2024.1",
             "pycocotools>=2.0.8",
+            "huggingface_hub>=0.24",
         ],
         "detect": ["pycocotools>=2.0.8"],
         # setuptools: FFCV builds with it, and imports distutils when it runs, which Python left to it.

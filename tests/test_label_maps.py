@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from elsewhere.data.images import DataError
 from elsewhere.data.segmentation import MaskDataset
-from elsewhere.launch.config import SlidingSection
+from elsewhere.launch.efficiency_settings import SlidingSection
 from elsewhere.launch.engine.ddp import DdpEngine
 from elsewhere.launch.evaluate.confusion import confusion, figures
 from elsewhere.launch.evaluate.label_maps import measure_maps

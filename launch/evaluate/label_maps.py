@@ -18,7 +18,7 @@ from ...data.loader import dead_worker, start_worker
 from ...data.map_augment import fitted
 from ...data.segmentation import Maps, read_pair
 from ...models.segmenter import Segmenter
-from ..config import SlidingSection
+from ..efficiency_settings import SlidingSection
 from ..engine.base import Engine
 from .confusion import confusion, figures
 from .overlays import draw_maps
