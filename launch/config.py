@@ -25,7 +25,10 @@ RECIPES = Path(__file__).resolve().parent.parent / "configs"
 TASKS = {"classify": "finetune", "segment": "segment", "detect": "detect"}
 RESULT_SECTIONS = ("seed", "model", "method", "mask", "data", "optim", "init")
 # Another machine, the same pictures.
-MAY_MOVE = ("data.path", "data.val_path", "data.source", "data.on_error", "data.max_corrupt")
+MAY_MOVE = (
+    "data.path", "data.val_path", "data.source", "data.on_error", "data.max_corrupt", "data.annotations", "data.images",
+    "data.val_annotations", "data.val_images",
+)  # fmt: skip
 
 SHORT_NAMES = {"optim.blr": "optim.base_lr"}  # as the released MAE and AdPE call it
 
@@ -78,6 +81,7 @@ class Model(Section):
     class_token: bool | None = None  # None: as the method has it (jepa none, the others one)
     relative: RelativeSection = RelativeSection()
     norm: Literal["torch", "apex"] = "torch"
+    norm_eps: Positive = 1e-6  # of the encoder's layer norms; other projects' weights may have another
     init: Literal["normal", "xavier"] = "normal"
     init_std: Positive = 0.02  # of every Linear (normal); narrow encoders want more, e.g. 0.55 / sqrt(width)
     depth_scaled_init: bool = True
@@ -130,6 +134,35 @@ class ClassifierSection(Section):
     pool: Literal["mean", "token"] = "mean"  # of the patch tokens, or the class token
 
 
+class SegmenterSection(Section):
+    """UperNet on the encoder, for a class of every pixel."""
+
+    classes: Count | None = None  # those of the data
+    blocks: list[Annotated[int, Field(ge=0)]] | None = None  # four, for the pyramid; None: the last of each quarter
+    channels: Count | None = None  # of the head; None: the encoder's width
+    norm: Literal["group", "batch"] = "group"  # batch: over all ranks, with engine.kind=ddp
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1  # of maps before a classifier
+    auxiliary: Annotated[float, Field(ge=0)] = 0.4  # weight of the auxiliary head's loss; 0: no such head
+    auxiliary_channels: Count = 256
+
+
+class DetectorSection(Section):
+    """Boxes and masks of objects: ViTDet and (Cascade) Mask R-CNN."""
+
+    head: Literal["mask_rcnn", "cascade"] = "mask_rcnn"
+    masks: bool = True  # False: boxes alone
+    classes: Count | None = None  # those of the images
+    window: Annotated[int, Field(ge=0)] = 14  # patches; 0: all blocks attend globally
+    global_blocks: Count = 4  # that attend globally, evenly spread
+    width: Count = 256  # channels of the pyramid and of the heads' convolutions
+    hidden: Count = 1024  # of the box head's linear layer
+    anchors: Count = 256  # sampled per image for the loss of proposals
+    regions: Count = 512  # sampled per image for the loss of boxes
+    score: Fraction = 0.05  # detections below are dropped
+    overlap: Fraction = 0.5  # of two detections of a class, from which the weaker one is dropped
+    detections: Count = 100  # per image
+
+
 class Method(Section):
     """What is trained: I-JEPA (with StoP), MAE, MAE+ (with AdPE), or a task; each has settings of its own."""
 
@@ -147,6 +180,10 @@ class Method(Section):
     adversary: AdversarySection = AdversarySection()
     # classify
     classifier: ClassifierSection = ClassifierSection()
+    # segment
+    segmenter: SegmenterSection = SegmenterSection()
+    # detect
+    detector: DetectorSection = DetectorSection()
 
 
 class Mask(Section):
@@ -168,6 +205,16 @@ class WeightedPath(Section):
 
     path: str
     weight: Positive = 1.0
+
+
+class MapsSection(Section):
+    """Images with label maps: what ids mean, and how training views are made."""
+
+    zero_is_ignored: bool = False  # 0 is no class, and class k has the id k + 1 (ADE20K)
+    scale: tuple[Positive, Positive] | None = None  # long and short side at factor 1; None: 4 and 1 times the crop's
+    resize: Range = (0.5, 2.0)  # factors of it
+    most_of_one_class: Annotated[float, Field(gt=0, le=1)] = 0.75  # of a crop, unless ten tries find none
+    distort: bool = True  # brightness, contrast, saturation, hue
 
 
 class Data(Section):
@@ -197,6 +244,15 @@ class Data(Section):
     mixup: Annotated[float, Field(ge=0)] = 0.0
     cutmix: Annotated[float, Field(ge=0)] = 0.0
     label_smoothing: Fraction = 0.0
+    # segment
+    maps: MapsSection = MapsSection()
+    # detect: COCO JSON files and folders of images, where they are not in COCO's layout below path
+    annotations: str | None = None
+    images: str | None = None
+    val_annotations: str | None = None  # none: nothing is measured
+    val_images: str | None = None
+    jitter: Range = (1.0, 1.0)  # scale of an image, in units of what fits
+    without_boxes: Literal["keep", "drop"] = "keep"  # training images on which nothing is
 
     def places(self) -> tuple[list[str], list[float] | None]:
         """The paths, and their weights where some has one."""
@@ -219,13 +275,15 @@ class Optim(Section):
     steps: Count | None = None  # in place of epochs
     lr: Positive | None = 8e-4
     base_lr: Positive | None = None  # in place of lr: per 256 images of batch_size
-    schedule: Literal["stop", "mae", "mae_micro"] = "stop"  # step 0 counts as 1, as 0, or moves with micro-batches
+    schedule: Literal["stop", "mae", "mae_micro", "poly"] = "stop"  # step 0 counts as 1, 0, 0 with micro-batches, 0
+    power: Positive = 1.0  # poly: (1 - progress) ** power
     start_lr: Annotated[float, Field(ge=0)] = 2e-4
     final_lr: Annotated[float, Field(ge=0)] = 1e-4
     warmup_epochs: Annotated[float, Field(ge=0)] = 15
     warmup_steps: Annotated[int, Field(ge=0)] | None = None  # in place of warmup_epochs
     weight_decay: Annotated[float, Field(ge=0)] = 0.04
     final_weight_decay: Annotated[float, Field(ge=0)] = 0.4
+    drops: list[Fraction] = []  # of training, after which the rate is a tenth of what it was; no cosine then
     stretch: Positive = 1.0
     freeze_lr: FreezeSection | None = None
     freeze_weight_decay: FreezeSection | None = None
@@ -301,8 +359,17 @@ class Monitor(Section):
     progress: bool = True
 
 
+class SlidingSection(Section):
+    """Testing of segmentation by windows of the training size."""
+
+    stride: Annotated[tuple[Count, Count], BeforeValidator(_pair)] | None = None  # None: two thirds of the window
+    scales: Annotated[list[Positive], Field(min_length=1)] = [1.0]  # factors of data.maps.scale; means over all
+    flip: bool = False  # each scale also mirrored
+    batch: Count = 8  # windows of a forward
+
+
 class Probe(Section):
-    """k-NN and linear probe of the frozen teacher on held-out images."""
+    """Figures on held-out images: k-NN and linear probe of the frozen teacher; of a task, its own."""
 
     every_epochs: Annotated[int, Field(ge=0)] = 0
     before: bool = True
@@ -312,6 +379,8 @@ class Probe(Section):
     train_images: Count = 50_000
     val_images: Count = 10_000
     neighbours: Count = 20
+    # segment
+    sliding: SlidingSection = SlidingSection()
 
 
 class Run(Section):

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from .jepa import Predictor
 from .mae import Mae
 
 _PREDICTOR = {
@@ -42,6 +43,18 @@ def from_released_predictor(state: Mapping[str, Tensor], learned_mask_token: boo
         elif name != "predictor_pos_embed":
             prefix = next((p for p in _PREDICTOR if name.startswith(p)), "")
             out[_PREDICTOR.get(prefix, "") + name.removeprefix(prefix)] = tensor
+    return out
+
+
+def to_released_predictor(predictor: Predictor) -> dict[str, Tensor]:
+    """The state of the released predictor; see `from_released_predictor`."""
+    out: dict[str, Tensor] = {"predictor_pos_embed": predictor.positions().detach()[None]}
+    for name, tensor in predictor.state_dict().items():
+        if name == "mask_token":
+            out[name] = tensor.reshape(1, 1, -1)
+        elif name != "positions.table":
+            theirs = next((theirs for theirs, ours in _PREDICTOR.items() if name.startswith(ours)), None)
+            out[name if theirs is None else theirs + name.removeprefix(_PREDICTOR[theirs])] = tensor
     return out
 
 

@@ -81,7 +81,9 @@ def _completed(config: Config, found: Config | None) -> Config:
 
 def _named(config: Config) -> dict[str, Any]:
     """What the recipe and the overrides named: some settings ask whether they were."""
-    return config.model_dump(mode="json", by_alias=True, exclude_unset=True)
+    values = config.model_dump(mode="json", by_alias=True, exclude_unset=True)
+    values.setdefault("run", {})["dir"] = config.run.dir  # by the recipe's name, where it was not named
+    return values
 
 
 def _put(values: dict[str, Any], key: str, value: Any) -> None:
