@@ -74,7 +74,8 @@ def build_encoder(config: Config) -> Encoder:
     with user_errors():
         encoder = Encoder(
             model.image_size, model.patch_size, model.channels, size, positions=model.positions,
-            class_token=class_token, relative=_relative(config), drop_path=model.drop_path, **_init(config),
+            class_token=class_token, relative=_relative(config), drop_path=model.drop_path,
+            norm_eps=model.norm_eps, **_init(config),
         )  # fmt: skip
     pooled = config.method.kind == "classify" and config.method.classifier.pool == "mean"
     if pooled or config.method.kind == "segment":
@@ -118,6 +119,8 @@ def _build_method(config: Config) -> Method:
         classes = section.pop("classes") or 150
         with user_errors():
             return Segmenter(encoder, classes, **section, seed=config.seed, mean=mean, std=std)
+    if config.method.kind == "detect":
+        return _build_detector(config, encoder, mean, std)
     visible_only = config.method.kind == "mae"
     section, relative = config.method.decoder, _relative(config)
     size = Size(section.width, section.depth, section.heads)
@@ -153,6 +156,21 @@ def _build_jepa(config: Config, encoder: Encoder, mean: list[float], std: list[f
         encoder, predictor, seed=config.seed, mean=mean, std=std,
         teacher_layers=layers, pairing=config.method.pairing,
     )  # fmt: skip
+
+
+def _build_detector(config: Config, encoder: Encoder, mean: list[float], std: list[float]) -> Method:
+    from ..models.vitdet import Detector, Heads  # torchvision's detectors take a second to import
+
+    section = config.method.detector
+    heads = Heads(
+        cascade=section.head == "cascade", masks=section.masks, width=section.width, hidden=section.hidden,
+        anchors=section.anchors, regions=section.regions, score=section.score, overlap=section.overlap,
+        detections=section.detections,
+    )  # fmt: skip
+    with user_errors():
+        return Detector(
+            encoder, section.classes or 80, heads, section.window, section.global_blocks, config.seed, mean, std
+        )
 
 
 def choose_kernels(method: Method, device: torch.device) -> dict[str, Choice]:
@@ -218,7 +236,7 @@ def build_schedules(config: Config, steps_per_epoch: float, accumulation: int = 
         final_momentum=teacher.final_momentum, stretch=optim.stretch,
         freeze_lr=freeze(optim.freeze_lr), freeze_weight_decay=freeze(optim.freeze_weight_decay),
         first_counter=first, whole_steps=optim.schedule == "stop",
-        power=optim.power if optim.schedule == "poly" else None,
+        power=optim.power if optim.schedule == "poly" else None, drops=tuple(optim.drops),
     )  # fmt: skip
 
 

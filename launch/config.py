@@ -25,7 +25,10 @@ RECIPES = Path(__file__).resolve().parent.parent / "configs"
 TASKS = {"classify": "finetune", "segment": "segment", "detect": "detect"}
 RESULT_SECTIONS = ("seed", "model", "method", "mask", "data", "optim", "init")
 # Another machine, the same pictures.
-MAY_MOVE = ("data.path", "data.val_path", "data.source", "data.on_error", "data.max_corrupt")
+MAY_MOVE = (
+    "data.path", "data.val_path", "data.source", "data.on_error", "data.max_corrupt", "data.annotations", "data.images",
+    "data.val_annotations", "data.val_images",
+)  # fmt: skip
 
 SHORT_NAMES = {"optim.blr": "optim.base_lr"}  # as the released MAE and AdPE call it
 
@@ -78,6 +81,7 @@ class Model(Section):
     class_token: bool | None = None  # None: as the method has it (jepa none, the others one)
     relative: RelativeSection = RelativeSection()
     norm: Literal["torch", "apex"] = "torch"
+    norm_eps: Positive = 1e-6  # of the encoder's layer norms; other projects' weights may have another
     init: Literal["normal", "xavier"] = "normal"
     init_std: Positive = 0.02  # of every Linear (normal); narrow encoders want more, e.g. 0.55 / sqrt(width)
     depth_scaled_init: bool = True
@@ -142,6 +146,23 @@ class SegmenterSection(Section):
     auxiliary_channels: Count = 256
 
 
+class DetectorSection(Section):
+    """Boxes and masks of objects: ViTDet and (Cascade) Mask R-CNN."""
+
+    head: Literal["mask_rcnn", "cascade"] = "mask_rcnn"
+    masks: bool = True  # False: boxes alone
+    classes: Count | None = None  # those of the images
+    window: Annotated[int, Field(ge=0)] = 14  # patches; 0: all blocks attend globally
+    global_blocks: Count = 4  # that attend globally, evenly spread
+    width: Count = 256  # channels of the pyramid and of the heads' convolutions
+    hidden: Count = 1024  # of the box head's linear layer
+    anchors: Count = 256  # sampled per image for the loss of proposals
+    regions: Count = 512  # sampled per image for the loss of boxes
+    score: Fraction = 0.05  # detections below are dropped
+    overlap: Fraction = 0.5  # of two detections of a class, from which the weaker one is dropped
+    detections: Count = 100  # per image
+
+
 class Method(Section):
     """What is trained: I-JEPA (with StoP), MAE, MAE+ (with AdPE), or a task; each has settings of its own."""
 
@@ -161,6 +182,8 @@ class Method(Section):
     classifier: ClassifierSection = ClassifierSection()
     # segment
     segmenter: SegmenterSection = SegmenterSection()
+    # detect
+    detector: DetectorSection = DetectorSection()
 
 
 class Mask(Section):
@@ -223,6 +246,13 @@ class Data(Section):
     label_smoothing: Fraction = 0.0
     # segment
     maps: MapsSection = MapsSection()
+    # detect: COCO JSON files and folders of images, where they are not in COCO's layout below path
+    annotations: str | None = None
+    images: str | None = None
+    val_annotations: str | None = None  # none: nothing is measured
+    val_images: str | None = None
+    jitter: Range = (1.0, 1.0)  # scale of an image, in units of what fits
+    without_boxes: Literal["keep", "drop"] = "keep"  # training images on which nothing is
 
     def places(self) -> tuple[list[str], list[float] | None]:
         """The paths, and their weights where some has one."""
@@ -253,6 +283,7 @@ class Optim(Section):
     warmup_steps: Annotated[int, Field(ge=0)] | None = None  # in place of warmup_epochs
     weight_decay: Annotated[float, Field(ge=0)] = 0.04
     final_weight_decay: Annotated[float, Field(ge=0)] = 0.4
+    drops: list[Fraction] = []  # of training, after which the rate is a tenth of what it was; no cosine then
     stretch: Positive = 1.0
     freeze_lr: FreezeSection | None = None
     freeze_weight_decay: FreezeSection | None = None

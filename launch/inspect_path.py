@@ -178,10 +178,10 @@ def _show_safetensors(path: Path, tensors: bool) -> None:
 def _show_released(path: Path, tensors: bool) -> None:
     from torch import Tensor
 
-    from .load import released_content
+    from .foreign import read_pickle
     from .tensor_files import Described
 
-    content = released_content(path)
+    content = read_pickle(path)
     found: dict[str, Described] = {}
     _line("file", f"{path}, {_size(path.stat().st_size)}")
     for key, value in content.items():

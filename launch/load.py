@@ -1,136 +1,87 @@
-"""Weights out of a run: `elsewhere.load(path)` and the start of another run."""
+"""Encoders filled with weights: `elsewhere.load(path)`, and the start of another run or of a task."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import pickle
-from collections.abc import Iterable, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..models.jepa import Jepa
 from ..models.method import Method
 from ..models.transfer import Resample, disagreement, transfer
-from ..models.vit import Encoder
-from ..models.zoo import from_released_encoder, from_released_mae
+from ..models.vit import Encoder, norm_layer
+from ..models.zoo_names import grouped
 from .build import build_encoder, pixel_statistics
-from .checkpoint import Checkpoints, Saved, inspect
 from .config import Config, load_config
+from .encoder_weights import EncoderWeights, allowed, encoder_weights
 from .errors import UserError
-from .tensor_files import TensorFiles
 
 
-def find_checkpoint(path: Path) -> Saved | None:
-    """The checkpoint at `path`: a run (its newest), or a checkpoint folder; None if it is neither.
+def encoder_state(path: str | Path, which: str = "teacher") -> tuple[dict[str, Tensor], str, Config | None]:
+    """An encoder's state, what it is, and its configuration where it is known; see `encoder_weights`."""
+    weights = encoder_weights(path, which)
+    return weights.state, weights.what, weights.config
 
-    Raises UserError where there are only damaged ones.
+
+def load(path: str | Path, which: str = "teacher", recipe: str | None = None, allow: Sequence[str] = ()) -> Encoder:
+    """The pre-trained encoder of a run or checkpoint, in evaluation mode, with timm's feature interface.
+
+    `path` may also be a file by `elsewhere consolidate`, or weights of another project (see `encoder_weights`). `which`
+    is teacher or student (a masked autoencoder has but one encoder). Weights that do not describe their encoder need
+    the `recipe` that does, e.g. `published/stop_vit_b16`. Tensors whose names match a pattern of `allow` may be missing
+    or left over. The normalisation that it was trained with is in `encoder.pixel_mean` and `pixel_std`.
+    Raises UserError if it cannot be read, and for anything that has no place in the encoder or is missing.
     """
-    if (path / "checkpoints").is_dir():
-        saved, complaints = Checkpoints(path).newest()
-        if saved is None:
-            raise UserError(complaints[0] if complaints else f"{path} has no checkpoint yet.")
-        return saved
-    if (path / "about.json").is_file():
-        try:
-            return inspect(path)
-        except ValueError as error:
-            raise UserError(f"{path} is damaged: {error}; take another checkpoint of the run.") from error
-    return None
+    return load_described(path, which, recipe, allow)[0]
 
 
-def encoder_state(path: Path, which: str = "teacher") -> tuple[dict[str, Tensor], str, Config | None]:
-    """An encoder's state, what it is, and its configuration where it is known.
-
-    `path` is a run, a checkpoint folder, a file by `elsewhere consolidate` or a released `.pth` file; `which` is
-    teacher or student, where there are two. Raises UserError if there is nothing that can be read.
-    """
-    if path.is_dir():
-        saved = find_checkpoint(path)
-        if saved is None:
-            raise UserError(f"{path} holds neither a run nor a checkpoint.")
-        files = TensorFiles(saved.path)
-        prefix, what = _encoder_prefix({name.removeprefix("method.") for name in files.described}, which)
-        prefix = f"method.{prefix}"
-        state = dict(files.items(lambda name: name.startswith(prefix)))
-        return _part(state, prefix), f"the {what} of {saved.path}", Config.model_validate(saved.about["config"])
-    if not path.is_file():
-        raise UserError(f"{path} does not exist; give a run, a checkpoint folder, or a file of weights.")
-    if path.suffix == ".safetensors":
-        return _consolidated_state(path, which)
-    state = released_content(path)
-    key = "target_encoder" if which == "teacher" else "encoder"
-    if isinstance(state.get("model"), dict):
-        return _part(from_released_mae(state["model"])[0], "encoder."), f"the encoder of {path}", None
-    if key not in state:
-        raise UserError(f"{path} is not a released StoP, I-JEPA or AdPE checkpoint: it has no {key} and no model.")
-    return from_released_encoder(state[key]), f"the {key} of {path}", None
+def load_described(
+    path: str | Path, which: str = "teacher", recipe: str | None = None, allow: Sequence[str] = ()
+) -> tuple[Encoder, Config, str]:
+    """As `load`, with the configuration that describes the encoder, and what it is in words."""
+    if which not in ("teacher", "student"):
+        raise UserError(f"which={which!r} is not possible; choose teacher or student.")
+    weights = encoder_weights(path, which)
+    encoder, config = encoder_with(weights, str(path), recipe, allow)
+    return encoder, config, weights.what
 
 
-def _encoder_prefix(names: Iterable[str], which: str) -> tuple[str, str]:
-    """The prefix of the wanted encoder's tensors in a method's, and what it is: there may be no teacher."""
-    taught = any(name.startswith("teacher.") for name in names)
-    return ("teacher.", "teacher") if taught and which == "teacher" else ("encoder.", "encoder")
+def encoder_with(
+    weights: EncoderWeights, path: str, recipe: str | None = None, allow: Sequence[str] = ()
+) -> tuple[Encoder, Config]:
+    """The encoder that `weights`, read from `path`, fill, and its configuration; see `load`."""
+    weights.check_read(allow)
+    config = weights.config if recipe is None else load_config(recipe)
+    if config is None:
+        unknown = weights.foreign.unknown if weights.foreign else []
+        why = f"does not say {' or '.join(unknown)}" if unknown else "does not describe its encoder"
+        raise UserError(f"{path} {why}; name a recipe: load(path, recipe=…).")
+    encoder = build_encoder(config)
+    if weights.pooled:
+        encoder.norm, encoder.fc_norm = nn.Identity(), norm_layer(eps=config.model.norm_eps)(encoder.num_features)
+    source = _source(weights, encoder) if recipe is not None and weights.foreign is not None else None
+    _take_up(encoder, weights.state, path, allow, source)
+    encoder.pixel_mean, encoder.pixel_std = pixel_statistics(config.data, config.model.channels)  # pyright: ignore
+    return encoder.eval(), config
 
 
-def _consolidated_state(path: Path, which: str) -> tuple[dict[str, Tensor], str, Config | None]:
-    """As `encoder_state`, from a `.safetensors` file; one without metadata holds an encoder under its own names."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            part, config = metadata.get("elsewhere.part", "student"), metadata.get("elsewhere.config")
-            names = list(file.keys())
-            prefix, what = _encoder_prefix(names, which) if part == "all" else ("", part)
-            if part not in ("all", "teacher", "student"):
-                raise UserError(f"{path} holds the {part}, which is no encoder; consolidate its run with --part "
-                                "teacher or student.")  # fmt: skip
-            if part == "teacher" and which == "student":
-                raise UserError(f"{path} holds the teacher alone; consolidate its run with --part student, or leave "
-                                "out which.")  # fmt: skip
-            state = {name: file.get_tensor(name) for name in names if name.startswith(prefix)}
-        described = Config.model_validate(json.loads(config)) if config else None
-    except (OSError, SafetensorError, ValueError) as error:  # a ValidationError of pydantic is a ValueError
-        raise UserError(f"{path} cannot be read as weights: {str(error).splitlines()[0]}") from error
-    return _part(state, prefix), f"the {what} of {path}", described
-
-
-def released_content(path: Path) -> dict[str, Any]:
-    """What a released `.pth` file holds; UserError if it cannot be read, or holds more than tensors and arguments."""
-    try:
-        # The released AdPE saves its arguments, too: a plain namespace, and nothing else beside tensors is allowed.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
-        raise UserError(
-            f"{path} cannot be read as weights: {(str(error) or type(error).__name__).splitlines()[0]}"
-        ) from error
-    return content if isinstance(content, dict) else {}
-
-
-def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-
-
-def _take_up(encoder: Encoder, state: dict[str, Tensor], what: str, allow: Sequence[str] = ()) -> None:
+def _take_up(
+    encoder: Encoder, state: dict[str, Tensor], what: str, allow: Sequence[str] = (), source: Encoder | None = None
+) -> None:
     """Load an encoder's state; UserError that says in which respect `what` is of another encoder.
 
-    Names that a pattern of `allow` matches may be missing, and keep their first values, or be left out.
+    Names that a pattern of `allow` matches may be missing, and keep their first values, or be left out. `source` is the
+    encoder that the state is of, where more is known of it than shapes.
     """
 
     def terms(names):
         found = {name.split("relative_")[1][0] for name in names if "relative_" in name}
         return f"relative positions on {''.join(sorted(found))}" if found else "absolute positions alone"
 
-    def allowed(name):
-        return any(fnmatchcase(name, pattern) for pattern in allow)
-
     mine = encoder.state_dict()
-    differ = {name for name in mine.keys() ^ state.keys() if not allowed(name)}
+    differ = {name for name in mine.keys() ^ state.keys() if not allowed(name, allow)}
     if terms(state) != terms(mine) and any("relative_" in name for name in differ):
         raise UserError(
             f"{what} has {terms(state)} and this recipe's encoder {terms(mine)}; set model.relative.terms to match."
@@ -150,36 +101,20 @@ def _take_up(encoder: Encoder, state: dict[str, Tensor], what: str, allow: Seque
             )
     for side, names in (("lacks", differ & mine.keys()), ("has beyond this recipe's encoder", differ & state.keys())):
         if names:
-            raise UserError(f"{what} {side} {', '.join(sorted(names))}; set model as it was trained.")
+            raise UserError(f"{what} {side} {grouped(sorted(names))}; set model as it was trained.")
+    setting = disagreement(source, encoder) if source else None
+    if setting is not None:
+        raise UserError(f"{what} was trained with {setting}, and this encoder has another; set it to match.")
     encoder.load_state_dict({name: tensor for name, tensor in state.items() if name in mine}, strict=False)
 
 
-def load(path: str | Path, which: str = "teacher", recipe: str | None = None) -> Encoder:
-    """The pre-trained encoder of a run or checkpoint, in evaluation mode, with timm's feature interface.
-
-    `path` may also be a file by `elsewhere consolidate`. `which` is teacher or student (a masked autoencoder has but
-    one encoder); a released checkpoint file, or a bare safetensors file, needs the `recipe` that describes its
-    encoder, e.g. `published/stop_vit_b16`. The normalisation that it was trained with is in `encoder.pixel_mean` and
-    `pixel_std`.
-    Raises UserError if it cannot be read.
-    """
-    return load_described(path, which, recipe)[0]
-
-
-def load_described(path: str | Path, which: str = "teacher", recipe: str | None = None) -> tuple[Encoder, Config, str]:
-    """As `load`, with the configuration that describes the encoder, and what it is in words."""
-    if which not in ("teacher", "student"):
-        raise UserError(f"which={which!r} is not possible; choose teacher or student.")
-    path = Path(path)
-    state, what, config = encoder_state(path, which)
-    if recipe is not None:
-        config = load_config(recipe)
+def _source(weights: EncoderWeights, encoder: Encoder) -> Encoder | None:
+    """The encoder that `weights` are of, without numbers, what they do not say as in `encoder`; None if unknown."""
+    config = weights.for_encoder(encoder)
     if config is None:
-        raise UserError(f"{path} does not describe its encoder; name a recipe: load(path, recipe=…).")
-    encoder = build_encoder(config)
-    _take_up(encoder, state, str(path))
-    encoder.pixel_mean, encoder.pixel_std = pixel_statistics(config.data, config.model.channels)  # pyright: ignore
-    return encoder.eval(), config, what
+        return None
+    with torch.device("meta"):
+        return build_encoder(config)
 
 
 def start_task_encoder(
@@ -189,40 +124,64 @@ def start_task_encoder(
     allow: Sequence[str] = (),
     resample: Resample = "exact",
 ) -> str:
-    """Give a task's encoder the weights at `path` (see `encoder_state`), at its own image size; says what it took.
+    """Give a task's encoder the weights at `path` (see `encoder_weights`), at its own image size; says what it took.
 
     `encoder` has `positions="learned"`: its table starts from the pre-trained one on the encoder's grid. A fixed
     sin-cos table is evaluated there (`exact`), or interpolated as published (`bicubic`), as learned tables always are.
     An encoder without class token does without that of the weights, its position and the prefix bucket of relative
     tables. `allow` has patterns of names that may be missing or left out. Raises UserError for what does not fit.
     """
-    state, what, config = encoder_state(Path(path), which)
-    if config is None:
+    weights = encoder_weights(path, which)
+    weights.check_read(allow)
+    source = _source(weights, encoder)
+    if source is None:
         raise UserError(
             f"{path} does not describe its encoder; start from a run, a checkpoint, or consolidated weights."
         )
-    with torch.device("meta"):
-        source = build_encoder(config)
-    setting = disagreement(source, encoder)
-    if setting is not None:
-        raise UserError(f"{path} was trained with {setting}, and this encoder has another; set it to match.")
     if encoder.num_prefix_tokens and not source.num_prefix_tokens:
         raise UserError(f"{path} has no class token and this encoder one; set model.class_token=false.")
-    _take_up(encoder, transfer(state, source, encoder, resample), str(path), allow)
-    if encoder.grid != source.grid:
+    return _fill(encoder, weights, source, str(path), allow, resample)
+
+
+def _fill(
+    encoder: Encoder,
+    weights: EncoderWeights,
+    source: Encoder,
+    path: str,
+    allow: Sequence[str],
+    resample: Resample = "exact",
+) -> str:
+    """Transfer `weights` of the encoder `source` to `encoder`; says what was taken, and what became of it."""
+    state = transfer(weights.state, source, encoder, resample)
+    what = weights.what
+    if weights.pooled:
+        state = {name: tensor for name, tensor in state.items() if not name.startswith("fc_norm.")}
+        allow = [*allow, "norm.*"]
+        what += ", with a fresh last norm, for it was fine-tuned to one after pooling"
+    _take_up(encoder, state, path, allow, source)
+    if encoder.positions.kind == "learned" and encoder.grid != source.grid:
         what += f", its positions {source.grid[0]}x{source.grid[1]} resampled to {encoder.grid[0]}x{encoder.grid[1]}"
     return what
 
 
-def start_from(method: Method, path: str) -> str:
-    """Give the encoder (and teacher) the weights at `path` (see `encoder_state`); says what it took.
+def start_from(method: Method, path: str, which: str = "teacher", allow: Sequence[str] = ()) -> str:
+    """Give the encoder (and teacher) the weights at `path` (see `encoder_weights`); says what it took.
 
-    Raises UserError if the file cannot be read or holds another encoder's weights.
+    A class token that the method has no place for is left out. Raises UserError if the file cannot be read or holds
+    another encoder's weights.
     """
     try:
-        state, what, _ = encoder_state(Path(path))
+        weights = encoder_weights(path, which)
+        weights.check_read(allow)
+        what = weights.what
         for module in (method.encoder, method.teacher) if isinstance(method, Jepa) else (method.encoder,):
-            _take_up(module, state, path)
+            source = _source(weights, module)
+            if source is None:
+                _take_up(module, weights.state, path, allow)
+                continue
+            what = _fill(module, weights, source, path, allow)
+            if source.num_prefix_tokens > module.num_prefix_tokens:
+                what += ", without its class token"
     except UserError as error:
         raise UserError(f"init.from: {error}") from error
     return what

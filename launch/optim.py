@@ -46,6 +46,7 @@ class Schedules:
     first_counter: float = 1.0
     whole_steps: bool = True
     power: float | None = None
+    drops: tuple[float, ...] = ()  # shares of the span after each of which the rate is a tenth, instead of a cosine
 
     @property
     def span(self) -> float:
@@ -71,6 +72,8 @@ class Schedules:
             return self._poly(counter, self.power)
         if counter < self.warmup:  # tested before the freeze, which therefore waits for the warm-up
             return self.start_lr + counter / self.warmup * (self.lr - self.start_lr)
+        if self.drops:
+            return self.lr * 0.1 ** sum(counter >= drop * self.span for drop in self.drops)
         return self._frozen(counter, self.freeze_lr, self._lr_cosine)
 
     def weight_decay_at(self, step: int) -> float:

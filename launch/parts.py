@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from ..data.augment import Augment
 from ..data.batch import Batch
+from ..data.coco import CocoImages
 from ..data.ffcv import Beton
 from ..data.images import Channels, DataError, Digits, ImageFolder, NoHeldOutImages, Source, Subset, TorchDataset
 from ..data.loader import Loader
@@ -114,7 +115,7 @@ def put_together(
 
 _KINDS = {
     ImageFolder: "files", Shards: "shards", Beton: ".beton", Stream: "streamed shards", Joined: "several places",
-    Digits: "digits", MaskFolder: "files with masks",
+    Digits: "digits", MaskFolder: "files with masks", CocoImages: "COCO",
 }  # fmt: skip
 
 

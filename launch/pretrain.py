@@ -27,7 +27,8 @@ class Pretraining:
     def start(self, config: Config, parts: Parts) -> str:
         if not config.init.from_:
             return "fresh weights"
-        return f"encoder weights from {start_from(parts.method, config.init.from_)}"
+        init = config.init
+        return f"encoder weights from {start_from(parts.method, init.from_, init.which, init.allow)}"
 
     def measure(self, config: Config, parts: Parts, engine: Engine) -> dict[str, Any] | None:
         if parts.val is None or isinstance(parts.train, Stream):

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from .checkpoint import Saved
+from .encoder_weights import find_checkpoint
 from .errors import UserError
-from .load import find_checkpoint
 from .safetensors_file import check_free, write_tensors
 from .tensor_files import Described, TensorFiles
 from .zero_files import ZeroFiles, find_zero

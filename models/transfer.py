@@ -57,12 +57,17 @@ def _without_prefix(name: str, tensor: Tensor) -> Tensor:
 
 
 def disagreement(source: Encoder, encoder: Encoder) -> str | None:
-    """The first setting of relative positions that shapes do not show and that differs; None where there is none."""
+    """The first setting that shapes do not show and that differs, as `source` has it; None where there is none."""
+    if source.size.width == encoder.size.width and source.size.heads != encoder.size.heads:
+        return f"model.heads={source.size.heads}"
+    eps = [one.blocks[0].norm1.eps for one in (source, encoder)]  # pyright: ignore
+    if eps[0] != eps[1]:
+        return f"model.norm_eps={eps[0]:g}"
     theirs, ours = source.relative, encoder.relative
     if theirs is None or ours is None:
         return None
     for name in ("method", "mode", "ratio"):
-        if getattr(theirs, name) != getattr(ours, name):
+        if getattr(theirs, name) != getattr(ours, name) and theirs.terms == ours.terms:
             return f"model.relative.{name}={getattr(theirs, name)}"
     # Hard buckets and the interpolated ones share a table; the published interpolation reads it transposed.
     if (theirs.lookup == "published") != (ours.lookup == "published"):

@@ -16,6 +16,7 @@ from .attention import RelativeBlock
 from .drop_path import DropPath
 from .positions import Positions
 from .relative import Relative, RelativeAttack
+from .windows import WindowBlock
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,13 @@ SIZES = {
 }
 
 
-def norm_layer(kind: str = "torch") -> Callable[[int], nn.Module]:
-    """LayerNorm (eps 1e-6) of PyTorch, or NVIDIA Apex's fused one.
+def norm_layer(kind: str = "torch", eps: float = 1e-6) -> Callable[[int], nn.Module]:
+    """LayerNorm of PyTorch, or NVIDIA Apex's fused one.
 
     Raises ValueError where Apex's is asked for and its package or a GPU is missing.
     """
     if kind == "torch":
-        return partial(nn.LayerNorm, eps=1e-6)
+        return partial(nn.LayerNorm, eps=eps)
     if kind != "apex":
         raise ValueError(f"model.norm={kind!r} is not known; choose torch or apex.")
     if not torch.cuda.is_available():
@@ -58,7 +59,7 @@ def norm_layer(kind: str = "torch") -> Callable[[int], nn.Module]:
             "model.norm=apex needs NVIDIA Apex, built from its own repository (the package called apex on PyPI is "
             "something else); install it or use model.norm=torch."
         ) from error
-    return partial(FusedLayerNorm, eps=1e-6)
+    return partial(FusedLayerNorm, eps=eps)
 
 
 def initialise(module: nn.Module, blocks: nn.ModuleList, std: float | None = 0.02, depth_scaled: bool = True) -> None:
@@ -100,7 +101,12 @@ def encoder_flops(size: Size, tokens: int, relative: Relative | None = None) -> 
 
 
 def transformer_blocks(
-    size: Size, norm: str, relative: Relative | None = None, prefix: int = 0, drop_path: float = 0.0
+    size: Size,
+    norm: str,
+    relative: Relative | None = None,
+    prefix: int = 0,
+    drop_path: float = 0.0,
+    norm_eps: float = 1e-6,
 ) -> nn.ModuleList:
     """`size.depth` pre-norm transformer blocks with biased qkv and exact GELU.
 
@@ -108,7 +114,7 @@ def transformer_blocks(
     samples whose residual branches are dropped in training rises from 0 in the first block to `drop_path` in the last
     (see `draw_paths`).
     """
-    layer = norm_layer(norm)
+    layer = norm_layer(norm, norm_eps)
     rates = [drop_path * i / max(1, size.depth - 1) for i in range(size.depth)]
     if relative is not None:
         return nn.ModuleList(
@@ -129,7 +135,7 @@ def run_blocks(
 ) -> Iterator[Tensor]:
     """The tokens after each block; `grid` and `attacks` (one a block) matter to relative positions alone."""
     for i, block in enumerate(blocks):
-        if isinstance(block, RelativeBlock):
+        if isinstance(block, RelativeBlock | WindowBlock):
             tokens = block(tokens, grid, attacks[i] if attacks else None)
         else:
             tokens = block(tokens)
@@ -157,6 +163,7 @@ class Encoder(nn.Module):
         class_token: bool = False,
         relative: Relative | None = None,
         drop_path: float = 0.0,
+        norm_eps: float = 1e-6,
     ):
         super().__init__()
         self.image_size, self.patch_size, self.channels, self.size = image_size, patch_size, channels, size
@@ -174,8 +181,9 @@ class Encoder(nn.Module):
         self.cls_token = nn.Parameter(torch.empty(1, 1, size.width)) if class_token else None
         placed = class_token and positions == "learned"
         self.cls_position = nn.Parameter(torch.zeros(1, 1, size.width)) if placed else None
-        self.blocks = transformer_blocks(size, norm, relative, self.num_prefix_tokens, drop_path)
-        self.norm = norm_layer(norm)(size.width)
+        self.blocks = transformer_blocks(size, norm, relative, self.num_prefix_tokens, drop_path, norm_eps)
+        self.norm = norm_layer(norm, norm_eps)(size.width)
+        self.fc_norm: nn.Module = nn.Identity()  # of pooled tokens, in encoders that were fine-tuned so
         initialise(self, self.blocks, init_std, depth_scaled_init)
         if self.cls_token is not None:
             nn.init.normal_(self.cls_token, std=0.02)
@@ -232,7 +240,7 @@ class Encoder(nn.Module):
 
     def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
         """Mean of the patch tokens, `[B, D]` (timm's interface; without classifier, `pre_logits` changes nothing)."""
-        return tokens[:, self.num_prefix_tokens :].mean(dim=1)
+        return self.fc_norm(tokens[:, self.num_prefix_tokens :].mean(dim=1))
 
     def forward_intermediates(
         self,

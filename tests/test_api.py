@@ -63,7 +63,7 @@ def test_load_reads_a_released_checkpoint(tmp_path, tiny):
     """Released names: `module.` prefixes, a position table with a batch dimension, `target_encoder`."""
     method = build_method(load_config("demo", tiny))
     state = {f"module.{name}": tensor for name, tensor in method.teacher.state_dict().items()}
-    state["module.pos_embed"] = torch.zeros(1, 64, 24)
+    state["module.pos_embed"] = method.teacher.positions.table[None]
     path = tmp_path / "jepa-latest.pth.tar"
     torch.save({"target_encoder": state, "encoder": state, "predictor": {}, "epoch": 3, "lr": 0.1}, path)
     recipe = tmp_path / "mine.yaml"
@@ -189,7 +189,7 @@ def test_its_head_is_the_mean_of_patches_without_the_class_token(mae_run):
 
 def test_load_reads_a_released_adpe_checkpoint(tmp_path, tiny_mae):
     """`{model, optimizer, epoch, scaler, args}`, with args a pickled namespace."""
-    config = load_config("demo_adpe", tiny_mae)
+    config = load_config("demo_adpe", {**tiny_mae, "model.relative.lookup": "published"})
     method = build_method(config)
     path, recipe = tmp_path / "checkpoint-399.pth", tmp_path / "mine.yaml"
     released = {"model": to_released_mae(method, method.attack_tensors()), "optimizer": {}, "epoch": 399, "scaler": {}}

@@ -249,6 +249,26 @@ def test_an_unreadable_image_is_left_out_and_counted_or_ends_it(run, folder, pro
     assert entries(tmp_path / "out")[0]["unreadable"] == 1
 
 
+def test_an_unreadable_image_does_not_move_those_behind_it(run, folder, tmp_path):
+    images = folder(train={"a": 4, "b": 4})
+    method, view, size = Method(load(run), (0.3,), (0.37,)), CentreView((8, 8), "bilinear"), (1, 8, 8)
+
+    def found_by():
+        source = ImageFolder(str(images), "train", 1)
+        reading, indices = Reading(batch=8, on_error="skip"), np.arange(len(source))
+
+        def compute(pixels):
+            return pooled_layers(method, pixels, 1)
+
+        return extract(compute, source, indices, view, size, World(), reading, tmp_path, "x")[0]
+
+    whole = found_by()
+    (images / "train" / "a" / "a_2.png").write_bytes(b"no image")
+    rest = found_by()
+    assert np.abs(rest.values - np.delete(whole.values, 2, axis=0)).max() < 1e-5
+    assert rest.indices.tolist() == [0, 1, 3, 4, 5, 6, 7] and rest.labels.tolist() == [0, 0, 0, 1, 1, 1, 1]
+
+
 def test_views_leave_unreadable_images_out_and_keep_their_places(folder):
     images = folder(train={"a": 4, "b": 1})
     (images / "train" / "a" / "a_1.png").write_bytes(b"no image")
@@ -274,6 +294,7 @@ def test_a_cache_answers_for_the_same_weights_images_and_view_alone(run, folder,
     assert kept() == 2
     assert kept("data.interpolation=bicubic") == 0
     assert kept("data.mean=[0.4]") == 0
+    assert kept("data.std=[0.4]") == 0
     assert kept("--which", "student") == 0
     (images / "train" / "a" / "a_0.png").unlink()
     assert kept() == 1  # val's

@@ -236,7 +236,7 @@ def _reconstruction(checkpoint: Path, names: list[str], what: str) -> Tensor:
     from ...models.mae import Mae
     from ..build import build_masks, build_method
     from ..config import Config
-    from ..load import find_checkpoint
+    from ..encoder_weights import find_checkpoint
     from ..pictures import draw_reconstructions
 
     saved = find_checkpoint(checkpoint) if checkpoint.is_dir() else None
@@ -255,6 +255,7 @@ def _reconstruction(checkpoint: Path, names: list[str], what: str) -> Tensor:
     )
     images = torch.stack([_view(name, method.encoder.channels, config.model.image_size, config) for name in names])
     masks = build_masks(config, method.encoder.grid)
+    assert masks is not None
     visible = torch.from_numpy(masks(config.seed, 0, 0, np.arange(len(images))).visible[:, 0])
     with torch.inference_mode():
         painted, masked = method.eval().repaint(images, visible, tensors)
