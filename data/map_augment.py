@@ -164,7 +164,7 @@ class MapBatches(Dataset[Batch]):
             if i != wanted:
                 ids[row] = i
                 numbers[row] = self._augment.numbers(self._seed, np.array([epoch]), np.array([i]))[0]
-            image, labels = self._augment(*pair, numbers[row])
+            image, labels = self._augment(pair[0], pair[1], numbers[row])
             images.append(image)
             truth.append(labels)
         return Batch(

@@ -101,6 +101,8 @@ def test_the_pyramid_takes_the_outputs_of_its_blocks_without_the_prefix():
         wanted.append(tokens[:, 1:].transpose(1, 2).reshape(4, 24, 8, 8))
     model.normalise = lambda images: ((images.double() / 255) - model.mean) / model.std
     torch.testing.assert_close(model.maps(images), model.pyramid(wanted), rtol=1e-6, atol=1e-6)
+    second = resized(model.auxiliary_classifier(model.auxiliary_head(wanted[2])).float(), (32, 32))
+    torch.testing.assert_close(model.logits(images, batch())[1], second)
 
 
 def test_the_loss_is_the_published_one():

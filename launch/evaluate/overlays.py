@@ -48,7 +48,7 @@ def draw_maps(image: np.ndarray, truth: np.ndarray, predicted: np.ndarray, names
     for place, label in enumerate(there):
         x, y = 4 + 130 * (place % columns), _ROW * (place // columns)
         pen.rectangle((x, y + 3, x + 9, y + 12), fill=tuple(int(c) for c in colours[label]))
-        pen.text((x + 14, y + 2), names[label][:18], fill="black")
+        pen.text((x + 14, y + 2), names[int(label)][:18], fill="black")
     return np.concatenate([rows, np.asarray(legend)], axis=0)
 
 

@@ -125,8 +125,9 @@ class Segmentation:
         if parts.val is None:
             return None
         val: Any = parts.val
+        augment: Any = parts.augment
         return measure_maps(
-            engine, val, map_scale(config), config.probe.sliding, parts.augment.fill, parts.workers,
+            engine, val, map_scale(config), config.probe.sliding, augment.fill, parts.workers,
             config.data.on_error, self.draw, self.pictures,
         )  # fmt: skip
 
