@@ -103,6 +103,7 @@ class CocoImages:
     ):
         self.path, self.folder, self.channels, self.masks = annotations, images, channels, masks
         self.dropped: Counter[str] = Counter()
+        self.left_out: set[int] = set()  # places in the file's list of annotations
         self._stop = on_error == "stop"
         content = read_coco(annotations)
         named = self._categories(content["categories"])
@@ -153,11 +154,12 @@ class CocoImages:
             [row[2] for row in rows],
         )
 
-    def _fault(self, kind: str, message: str) -> None:
-        """Stop with the message, or count what is left out."""
+    def _fault(self, place: int, kind: str, message: str) -> None:
+        """Stop with the message, or count the object at `place` among the annotations as left out."""
         if self._stop:
             raise DataError(f"{self.path}: {message}, or set data.on_error=skip to leave it out.")
         self.dropped[kind] += 1
+        self.left_out.add(place)
 
     def _categories(self, entries: list[dict]) -> dict[int, str]:
         named: dict[int, str] = {}
@@ -208,15 +210,18 @@ class CocoImages:
         """Of each image the box (left, top, width, height), label and segmentation of every object."""
         labels = {number: label for label, number in enumerate(self.category_ids, start=1)}
         objects: dict[int, list] = {number: [] for number in known}
-        for entry in entries:
+        for place, entry in enumerate(entries):
             what, image = f"annotation {entry.get('id')}", entry.get("image_id")
             if image in self._missing_ids:
                 continue
             if image not in known:
-                self._fault("objects of unknown images", f"{what} is of image {image}, which the file lacks; mend it")
+                self._fault(
+                    place, "objects of unknown images", f"{what} is of image {image}, which the file lacks; mend it"
+                )
                 continue
             if entry.get("category_id") not in labels:
                 self._fault(
+                    place,
                     "objects of unknown categories",
                     f"{what} is of category {entry.get('category_id')}, which the file lacks; mend it",
                 )
@@ -224,11 +229,14 @@ class CocoImages:
             _, height, width = known[image]
             box, crowd = entry.get("bbox"), entry.get("iscrowd", 0)
             if not _is_box(box):
-                self._fault("malformed boxes", f"{what} has the box {box}, not [left, top, width, height]; mend it")
+                self._fault(
+                    place, "malformed boxes", f"{what} has the box {box}, not [left, top, width, height]; mend it"
+                )
                 continue
             left, top, across, down = box
             if min(left, top) < -_SLACK or left + across > width + _SLACK or top + down > height + _SLACK:
                 self._fault(
+                    place,
                     "boxes outside their image",
                     f"{what} has the box {box} (left, top, width, height) outside its image of "
                     f"{width}x{height}; mend it",
@@ -243,6 +251,7 @@ class CocoImages:
             if self.masks and not _is_outline(outline, height, width):
                 hint = "has no segmentation" if not outline else "has a malformed segmentation"
                 self._fault(
+                    place,
                     "objects without a mask",
                     f"{what} {hint}; set method.detector.masks=false to learn boxes alone, mend it",
                 )

@@ -119,6 +119,7 @@ def test_what_is_at_fault_is_left_out_and_counted_if_so_wished(folder, fault):
     source = opened(folder, what, on_error="skip")
     assert sum(len(source.objects(i)[0]) for i in range(len(source))) == 1
     assert sum(source.dropped.values()) == 1
+    assert len(source.left_out) == (fault != "missing file")
 
 
 @pytest.mark.parametrize(

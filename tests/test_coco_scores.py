@@ -74,10 +74,11 @@ def test_an_overlap_of_three_quarters_and_a_bit_counts_at_six_of_ten_thresholds(
 def test_mask_sizes_are_those_of_masks_and_not_of_their_boxes(tmp_path):
     # Of a box of 40 x 40 the mask fills a row: small by its mask, medium by its box.
     path = written(tmp_path, [[(3, (10, 10, 40, 40))]], area=200, segmentation=polygon(10, 10, 40, 5))
-    one = detections((1, (10, 10, 40, 40), 0.9))
-    one["masks"][0, 15:] = False
-    found = average_precision(path, [1], as_records(one, 1, [3, 8]), True)
-    assert (found["mask_APs"], found["mask_APm"]) == (1.0, None)
+    both = detections((1, (100, 100, 40, 40), 0.95), (1, (10, 10, 40, 40), 0.9))
+    both["masks"][0, 105:] = both["masks"][1, 15:] = False
+    found = average_precision(path, [1], as_records(both, 1, [3, 8]), True)
+    # The wrong one is small as well, and stands before the right one: its precision is ½.
+    assert (found["mask_APs"], found["mask_APm"]) == (0.5, None)
 
 
 def test_crowds_are_neither_missed_nor_wrong(tmp_path):
@@ -103,6 +104,16 @@ def test_images_that_are_not_measured_count_for_nothing(tmp_path):
     records = as_records(detections((1, (30, 30, 120, 100), 0.7)), 2, [3, 8])
     found = average_precision(written(tmp_path, TRUE), [2], records, False)
     assert found["box_AP"] == 1.0 and "mask_AP" not in found
+
+
+def test_objects_that_were_left_out_are_not_missed(tmp_path):
+    path = written(tmp_path, TRUE)
+    what = json.loads(Path(path).read_text())
+    what["annotations"].append({"image_id": 2, "category_id": 8, "bbox": [1], "segmentation": [[1, 2]]})
+    Path(path).write_text(json.dumps(what))
+    records = as_records(detections((1, (30, 30, 120, 100), 0.7)), 2, [3, 8])
+    found = average_precision(path, [2], records, True, {3})
+    assert (found["box_AP"], found["mask_AP"]) == (1.0, 1.0)
 
 
 def test_without_pycocotools_the_command_that_installs_it_is_named(tmp_path, monkeypatch):

@@ -141,7 +141,7 @@ def test_every_held_out_image_is_measured_once_at_any_number_of_ranks(ranks, coc
         engine = DdpEngine.__new__(DdpEngine)
         engine.method, engine.world = method, world
         found = scores(engine, val, config, 0)
-    _, ids, records, _ = found["given"]
+    _, ids, records, _, _ = found["given"]
     assert ids == [1, 2, 3, 4, 5] and found["unreadable"] == 0
     assert sorted(record["image_id"] for record in records) == sorted(7 * ids)
     alone = method.predict(*whole_image(val, config), torch.tensor([[48, 64]]))[0]

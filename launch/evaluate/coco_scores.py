@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,16 +33,21 @@ def as_records(found: dict[str, Tensor], image: int, category_ids: Sequence[int]
 
 
 def average_precision(
-    annotations: str, image_ids: Sequence[int], records: list[dict[str, Any]], masks: bool
+    annotations: str,
+    image_ids: Sequence[int],
+    records: list[dict[str, Any]],
+    masks: bool,
+    left_out: Collection[int] = (),
 ) -> dict[str, Any]:
     """COCO's six figures in 0…1 of boxes (`box_AP` …) and, if `masks`, of masks (`mask_AP` …), and AP by category.
 
-    `records` are detections of the images `image_ids` of the file `annotations`. A figure is None where the file has
-    nothing to measure it on, such as objects of that size. Raises `DataError` without pycocotools.
+    `records` are detections of the images `image_ids` of the file `annotations`; the places `left_out` of its list of
+    annotations do not count. A figure is None where the file has nothing to measure it on, such as objects of that
+    size. Raises `DataError` without pycocotools.
     """
     make_coco, make_judge = _pycocotools()
     content, chosen = read_coco(annotations), {int(one) for one in image_ids}
-    objects = [one for one in content["annotations"] if one["image_id"] in chosen]
+    objects = [one for place, one in enumerate(content["annotations"]) if place not in left_out]
     for number, one in enumerate(objects, start=1):  # what COCO's files have and others forget
         one["id"] = number
         one.setdefault("iscrowd", 0)

@@ -199,7 +199,9 @@ def scores(
                 picture.save(drawings / f"{Path(val.name(i)).stem}_{val.ids[i]}.png")
     everyone = [one for part in world.gather_host(records) for one in part]
     unreadable = sum(world.gather_host(unreadable))
-    found = world.first_decides(lambda: average_precision(val.path, val.ids.tolist(), everyone, detector.masks))
+    found = world.first_decides(
+        lambda: average_precision(val.path, val.ids.tolist(), everyone, detector.masks, val.left_out)
+    )
     return {**found, "images": len(val), "detections": len(everyone), "unreadable": unreadable}
 
 
