@@ -95,6 +95,7 @@ def test_transformers_loads_the_folder_and_gives_the_same_tokens(kind, weights, 
     assert list(processor.image_mean) == elsewhere.load(path).pixel_mean
 
 
+@pytest.mark.long
 def test_exports_and_transformers_work_from_the_checkout(weights, tmp_path, close):
     """There, a package called `kernels` is on the path: ours, which transformers must not take for the hub's."""
     encoder, path = weights({"kind": "jepa"})
@@ -217,8 +218,8 @@ def test_the_names_of_detectron2(token, weights, tmp_path):
     assert torch.equal(found["backbone.net.blocks.1.attn.qkv.weight"], encoder.blocks[1].attn.qkv.weight)
 
 
-def test_a_run_goes_to_the_released_layout_with_both_encoders_and_predictor(tiny, tmp_path):
-    result = elsewhere.pretrain("demo", **tiny)
+def test_a_run_goes_to_the_released_layout_with_both_encoders_and_predictor(tiny, some_digits, tmp_path):
+    result = elsewhere.pretrain("demo", some_digits, **{**tiny, "optim.batch_size": 16})
     assert export(result.run, "ijepa", tmp_path / "encoder.pth.tar") == 0
     content = torch.load(tmp_path / "encoder.pth.tar", weights_only=True)
     assert set(content) == {"encoder", "target_encoder", "predictor", "elsewhere"}

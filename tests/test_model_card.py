@@ -18,16 +18,16 @@ from elsewhere.models.zoo_published import PUBLISHED
 
 
 @pytest.fixture
-def run(tiny):
-    """A finished run of StoP on the digits, with a probe in its results."""
-    result = elsewhere.pretrain("demo", **tiny)
+def run(tiny, some_digits):
+    """A finished run of StoP on images of one's own, with a probe in its results."""
+    result = elsewhere.pretrain("demo", some_digits, **{**tiny, "optim.batch_size": 16})
     entry = {
         "probe": "knn", "protocol": {}, "encoder": "the teacher", "data": "digits", "val_data": "held-out digits",
         "train_images": 1438, "val_images": 359, "image_size": 8, "seed": 0,
         "figures": [{"setting": "k=20", "top1": 0.875, "interval": [0.837, 0.905]}],
         "best": [{"setting": "k=20", "top1": 0.875, "interval": [0.837, 0.905]}],
     }  # fmt: skip
-    (result.run / "results.json").write_text(json.dumps({"steps": 44, "before": None, "after": None,
+    (result.run / "results.json").write_text(json.dumps({"steps": 6, "before": None, "after": None,
                                                          "evaluations": [entry]}))  # fmt: skip
     return result.run
 
@@ -54,8 +54,8 @@ def test_a_run_s_card_says_what_was_trained_and_measured(run, tmp_path):
     (result,) = card.data.eval_results
     assert (result.metric_type, result.metric_value, result.dataset_name) == ("accuracy", 87.5, "held-out digits")
     assert "| knn, k=20 | held-out digits | 359 | 87.50 | 83.70 to 90.50 |" in card.text
-    assert "StoP on digits (1,438 images); 44 steps (" in card.text
-    assert "optim.batch_size: 32" in card.text and f"Trained with torch {torch.__version__}" in card.text
+    assert "StoP on images of one's own (96 images); 6 steps (1 epochs) of 16 images" in card.text
+    assert "optim.batch_size: 16" in card.text and f"Trained with torch {torch.__version__}" in card.text
 
 
 def test_a_card_names_no_path_of_the_machine_but_the_checkpoint_s_own(run, tmp_path):

@@ -413,11 +413,12 @@ class TestAStart:
         start_from(method, str(tmp_path / "latest.pth.tar"))
         assert torch.equal(method.teacher.norm.weight, golden.tensors["state.norm.weight"])
 
-    def test_a_run_trains_from_them(self, timm_folder, tiny, capsys):
+    def test_a_run_trains_from_them(self, timm_folder, tiny, some_digits, capsys):
         model, folder = timm_folder(img_size=8, patch_size=2, in_chans=1)
         settings = {"model.width": 48, "model.heads": 4, "model.patch_size": 2, "model.positions": "learned",
                     "mask.context_keep": 6, "mask.target_scale": [0.2, 0.3], "init.from": str(folder)}  # fmt: skip
-        result = elsewhere.pretrain("demo", **{**tiny, **settings, "optim.lr": 1e-9, "optim.start_lr": 1e-9})
+        slow = {"optim.batch_size": 16, "optim.lr": 1e-9, "optim.start_lr": 1e-9, "optim.final_lr": 1e-9}
+        result = elsewhere.pretrain("demo", some_digits, **{**tiny, **settings, **slow})
         assert "encoder weights from the timm ViT encoder of" in capsys.readouterr().out
         trained = elsewhere.load(result.run)
         torch.testing.assert_close(

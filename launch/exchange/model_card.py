@@ -195,7 +195,7 @@ def _header(
     elif weights.foreign is None:
         tags.append(_method(config).lower())
     paths, _ = config.data.places() if weights.foreign is None else ([], None)
-    datasets = origin["datasets"] + (["cifar10"] if any(path.startswith("cifar10") for path in paths) else [])
+    datasets = origin["datasets"] + (["cifar10"] if any(path.partition(":")[0] == "cifar10" for path in paths) else [])
     header: dict[str, Any] = {
         **origin["fields"], "library_name": _LIBRARY.get(target, "elsewhere"),
         "pipeline_tag": _TASKS.get(config.method.kind, "image-feature-extraction"), "tags": tags,
@@ -292,7 +292,7 @@ def _recipe(config: Config, weights: EncoderWeights, about: dict[str, Any]) -> s
 
 
 def _images(config: Config, about: dict[str, Any]) -> str:
-    paths, _ = config.data.places()
+    paths = [] if about.get("images") == "data set" else config.data.places()[0]
     named = ", ".join(Path(path).name if "/" in path else path for path in paths) or "images of one's own"
     return named + (f" ({about['samples']:,} images)" if about.get("samples") else "")
 
