@@ -193,7 +193,7 @@ def build_adversary(config: Config, method: Method) -> Adversary | None:
         )  # fmt: skip
 
 
-def build_masks(config: Config, grid: tuple[int, int]):
+def build_masks(config: Config, grid: tuple[int, int]) -> Any:
     """The mask maker of the configuration, None for a task; UserError where its masks cannot fit the grid."""
     if config.method.kind in TASKS:
         return None

@@ -25,7 +25,8 @@ class Pretraining:
         return assemble(config, world, dataset, val_dataset)
 
     def start(self, config: Config, parts: Parts) -> str:
-        if not config.init.from_:
+        path = config.init.from_
+        if not path:
             return "fresh weights"
         init = config.init
         return f"encoder weights from {start_from(parts.method, init.from_, init.which, init.allow)}"

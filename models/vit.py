@@ -126,7 +126,7 @@ def transformer_blocks(
     ]
     for block, rate in zip(blocks, rates, strict=True):
         if rate:
-            block.drop_path1, block.drop_path2 = DropPath(rate), DropPath(rate)
+            block.drop_path1, block.drop_path2 = DropPath(rate), DropPath(rate)  # pyright: ignore
     return nn.ModuleList(blocks)
 
 
