@@ -25,10 +25,9 @@ class Pretraining:
         return assemble(config, world, dataset, val_dataset)
 
     def start(self, config: Config, parts: Parts) -> str:
-        path = config.init.from_
-        if not path:
-            return "fresh weights"
         init = config.init
+        if not init.from_:
+            return "fresh weights"
         return f"encoder weights from {start_from(parts.method, init.from_, init.which, init.allow)}"
 
     def measure(self, config: Config, parts: Parts, engine: Engine) -> dict[str, Any] | None:
