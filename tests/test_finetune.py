@@ -64,6 +64,21 @@ def test_what_is_named_wins_over_the_checkpoint_s(settings):
     assert config.model.image_size == (16, 16) and config.data.mean == [0.1] and config.model.width == 24
 
 
+@pytest.mark.parametrize("pool", ["mean", "token"])
+def test_an_encoder_with_relative_positions_is_tuned_on_larger_images(tmp_path, tiny_mae, some_digits, pool, capsys):
+    """Its tables know offsets and not sizes; its absolute positions are resampled."""
+    attack = {"model.relative.terms": "k", "model.relative.lookup": "interpolated",
+              "method.adversary.mode": "coordinate"}  # fmt: skip
+    run = elsewhere.pretrain("demo_adpe", some_digits, **{**tiny_mae, **attack}).run
+    grid = elsewhere.load(run).grid
+    more = {"init.from": str(run), "run.dir": str(tmp_path / "tuned"), "optim.steps": 2, "optim.batch_size": 32}
+    size = {"model.image_size": 2 * elsewhere.load(run).image_size[0], "method.classifier.pool": pool}
+    result = finetune("finetune", **{**SMALL, **more, **size})
+    said = capsys.readouterr().out
+    assert f"positions {grid[0]}x{grid[1]} resampled to {2 * grid[0]}x{2 * grid[1]}" in said
+    assert "relative positions on k" in said and result.after["images"] == 359
+
+
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(settings, tmp_path, losses, monkeypatch):
     whole = finetune("finetune", **{**settings, "run.dir": str(tmp_path / "whole")})
     calls, real = [], DdpEngine.step
@@ -181,6 +196,7 @@ ENGINES = [
     {"engine.kind": "fsdp"}, {"engine.kind": "deepspeed", "engine.deepspeed": "zero2"},
     {"engine.kind": "deepspeed", "engine.deepspeed": "zero3"}, {"engine.compile": True},
     {"engine.activation_checkpointing": "full"}, {"engine.precision": "bfloat16"},
+    {"engine.precision": "float16"},
 ]  # fmt: skip
 
 
