@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from timm.data import resolve_model_data_config
 
 import elsewhere
-from elsewhere.launch.build import build_encoder
+from elsewhere.launch.build import build_encoder, build_method
 from elsewhere.launch.cli import main
 from elsewhere.launch.config import Config
 from elsewhere.models.zoo import from_released
@@ -238,6 +238,36 @@ def test_a_run_of_adpe_goes_to_the_released_names_with_its_decoder(tiny_mae, som
     state = torch.load(tmp_path / "out/encoder.pth", weights_only=True)["model"]
     assert {"mask_token", "decoder_embed.weight", "decoder_pos_embed", "decoder_pred.bias"} <= state.keys()
     assert torch.equal(elsewhere.load(tmp_path / "out/encoder.pth").norm.weight, elsewhere.load(run).norm.weight)
+
+
+@pytest.fixture
+def fine_tuned(tmp_path):
+    """A file of a fine-tuned classifier: its encoder has no last norm, and one after pooling."""
+    torch.manual_seed(0)
+    model = {"width": 24, "depth": 2, "heads": 2, "patch_size": 4, "image_size": 16, "positions": "learned"}
+    config = Config.model_validate({"model": model, "method": {"kind": "classify", "classifier": {"classes": 5}}})
+    method = build_method(config)
+    for parameter in method.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    path = tmp_path / "weights.safetensors"
+    described = {"elsewhere.part": "all", "elsewhere.config": config.model_dump_json(by_alias=True)}
+    save_file(method.state_dict(), path, described)
+    return method.eval(), path
+
+
+def test_a_fine_tuned_encoder_keeps_its_norm_after_pooling(fine_tuned, tmp_path, close):
+    method, path = fine_tuned
+    pixels = torch.randn(2, 3, 16, 16)
+    expected = method.fc_norm(method.encoder(pixels)[:, 1:].mean(dim=1))
+    assert export(path, "timm", tmp_path / "out") == 0
+    close(timm.create_model(f"local-dir:{tmp_path}/out", pretrained=True).eval()(pixels), expected)
+    for found in (elsewhere.load(path), elsewhere.load(tmp_path / "out")):
+        close(found.forward_head(found(pixels)), expected)
+
+
+def test_a_norm_after_pooling_cannot_go_to_hugging_face(fine_tuned, tmp_path, capsys):
+    assert export(fine_tuned[1], "hf", tmp_path / "out") == 2
+    assert "was fine-tuned with its last norm after pooling, which Hugging Face's ViT" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

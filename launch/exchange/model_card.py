@@ -77,7 +77,8 @@ def _title(encoder: Encoder, config: Config, weights: EncoderWeights) -> str:
         return f"{weights.origin.method} {_size_name(encoder)}"
     if weights.foreign is not None:
         return f"{weights.foreign.kind} {_size_name(encoder)}".replace("ViT ViT", "ViT")
-    return f"{_method(config)} {_size_name(encoder)}"
+    task = {"classify": "Fine-tuned", "segment": "Segmentation", "detect": "Detection"}.get(config.method.kind)
+    return f"{task or _method(config)} {_size_name(encoder)}"
 
 
 def _training(checkpoint: str | Path) -> dict[str, Any]:
@@ -277,7 +278,8 @@ def _recipe(config: Config, weights: EncoderWeights, about: dict[str, Any]) -> s
             return f"{entry.method} on {entry.data}, by its authors: {entry.source}.{published}"
         return "By another project; what is known of it is the architecture."
     optim = config.optim
-    facts = [f"{_method(config)} on {_images(config, about)}"]
+    method = _method(config)
+    facts = [f"{method[0].upper()}{method[1:]} on {_images(config, about)}"]
     if "step" in about:
         epochs = f" ({about['epoch']:.4g} epochs)" if "epoch" in about else ""
         facts.append(f"{about['step']:,} steps{epochs} of {optim.batch_size:,} images")
