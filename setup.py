@@ -68,7 +68,10 @@ setup(
             "build>=1.2",
             "setuptools>=70.1",
             "tifffile>=2024.1",
+            "pycocotools>=2.0.8",
+            "huggingface_hub>=0.24",
         ],
+        "detect": ["pycocotools>=2.0.8"],
         # setuptools: FFCV builds with it, and imports distutils when it runs, which Python left to it.
         "ffcv": ["ffcv>=1.0.2", "setuptools>=70.1"],
         "tiff": ["tifffile>=2024.1"],

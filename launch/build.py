@@ -20,6 +20,7 @@ from ..models.jepa import Jepa, Predictor, Stop
 from ..models.mae import Attack, Decoder, Mae
 from ..models.method import IMAGENET_MEAN, IMAGENET_STD, Method
 from ..models.relative import Relative
+from ..models.segmenter import Segmenter
 from ..models.vit import SIZES, Encoder, Size
 from .config import TASKS, Config, Data, FreezeSection
 from .errors import UserError, user_errors
@@ -76,8 +77,9 @@ def build_encoder(config: Config) -> Encoder:
             class_token=class_token, relative=_relative(config), drop_path=model.drop_path,
             norm_eps=model.norm_eps, **_init(config),
         )  # fmt: skip
-    if config.method.kind == "classify" and config.method.classifier.pool == "mean":
-        encoder.norm = nn.Identity()  # the classifier norms what it has pooled
+    pooled = config.method.kind == "classify" and config.method.classifier.pool == "mean"
+    if pooled or config.method.kind == "segment":
+        encoder.norm = nn.Identity()  # the classifier norms what it has pooled; the pyramid takes outputs of blocks
     return encoder
 
 
@@ -112,6 +114,13 @@ def _build_method(config: Config) -> Method:
         section = config.method.classifier
         with user_errors():
             return Classifier(encoder, section.classes or 1000, section.pool, config.seed, mean, std)
+    if config.method.kind == "segment":
+        section = config.method.segmenter.model_dump()
+        classes = section.pop("classes") or 150
+        with user_errors():
+            return Segmenter(encoder, classes, **section, seed=config.seed, mean=mean, std=std)
+    if config.method.kind == "detect":
+        return _build_detector(config, encoder, mean, std)
     visible_only = config.method.kind == "mae"
     section, relative = config.method.decoder, _relative(config)
     size = Size(section.width, section.depth, section.heads)
@@ -149,6 +158,21 @@ def _build_jepa(config: Config, encoder: Encoder, mean: list[float], std: list[f
     )  # fmt: skip
 
 
+def _build_detector(config: Config, encoder: Encoder, mean: list[float], std: list[float]) -> Method:
+    from ..models.vitdet import Detector, Heads  # torchvision's detectors take a second to import
+
+    section = config.method.detector
+    heads = Heads(
+        cascade=section.head == "cascade", masks=section.masks, width=section.width, hidden=section.hidden,
+        anchors=section.anchors, regions=section.regions, score=section.score, overlap=section.overlap,
+        detections=section.detections,
+    )  # fmt: skip
+    with user_errors():
+        return Detector(
+            encoder, section.classes or 80, heads, section.window, section.global_blocks, config.seed, mean, std
+        )
+
+
 def choose_kernels(method: Method, device: torch.device) -> dict[str, Choice]:
     """What computes each hot path of the method on `device`; UserError where the configured kernels cannot."""
     with user_errors():
@@ -169,7 +193,7 @@ def build_adversary(config: Config, method: Method) -> Adversary | None:
         )  # fmt: skip
 
 
-def build_masks(config: Config, grid: tuple[int, int]):
+def build_masks(config: Config, grid: tuple[int, int]) -> Any:
     """The mask maker of the configuration, None for a task; UserError where its masks cannot fit the grid."""
     if config.method.kind in TASKS:
         return None
@@ -198,7 +222,7 @@ def build_augment(config: Config, on_device: bool = False) -> Augment:
 def build_schedules(config: Config, steps_per_epoch: float, accumulation: int = 1) -> Schedules:
     """Learning rate, weight decay and momentum of every step; `accumulation` matters to `mae_micro` alone."""
     optim, teacher = config.optim, config.method.teacher
-    first = {"stop": 1.0, "mae": 0.0, "mae_micro": mae_first_counter(accumulation)}[optim.schedule]
+    first = {"stop": 1.0, "mae": 0.0, "mae_micro": mae_first_counter(accumulation), "poly": 0.0}[optim.schedule]
 
     def freeze(section: FreezeSection | None) -> Freeze | None:
         return Freeze(section.epoch, section.strategy) if section else None
@@ -212,6 +236,7 @@ def build_schedules(config: Config, steps_per_epoch: float, accumulation: int = 
         final_momentum=teacher.final_momentum, stretch=optim.stretch,
         freeze_lr=freeze(optim.freeze_lr), freeze_weight_decay=freeze(optim.freeze_weight_decay),
         first_counter=first, whole_steps=optim.schedule == "stop",
+        power=optim.power if optim.schedule == "poly" else None, drops=tuple(optim.drops),
     )  # fmt: skip
 
 

@@ -23,9 +23,12 @@ from typing import TYPE_CHECKING, Any, NoReturn  # noqa: E402
 
 from .consolidate import add_consolidate_command, run_consolidate  # noqa: E402
 from .errors import UserError, first_of_machine, print_error  # noqa: E402
+from .evaluate.detect_command import add_detect_command, run_detect  # noqa: E402
 from .evaluate.finetune_command import add_finetune_command, run_finetune  # noqa: E402
 from .evaluate.look import add_look_command, run_look  # noqa: E402
 from .evaluate.probe import add_probe_command, run_probe  # noqa: E402
+from .evaluate.reproduce import add_reproduce_command, run_reproduce  # noqa: E402
+from .evaluate.segment_command import add_segment_command, run_segment  # noqa: E402
 from .evaluate.suite import add_evaluate_command, run_evaluate  # noqa: E402
 from .exchange.export import add_export_command, run_export  # noqa: E402
 from .exchange.zoo_command import add_zoo_command, run_zoo  # noqa: E402
@@ -69,6 +72,8 @@ def _parser() -> argparse.ArgumentParser:
 
     add_run_command(commands, "pretrain", "Pre-train a recipe, or continue it where its run stopped.")
     add_finetune_command(commands)
+    add_segment_command(commands)
+    add_detect_command(commands)
     recipe_command("show", "Print a recipe with its bases and overrides merged.")
     commands.add_parser("configs", help="List the packaged recipes.", description="List the packaged recipes.")
     add_plan_command(commands)
@@ -81,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     add_zoo_command(commands)
     add_probe_command(commands)
     add_evaluate_command(commands)
+    add_reproduce_command(commands)
     add_look_command(commands)
     bench = commands.add_parser("bench", help="Measure a part on this machine.").add_subparsers(
         dest="part", required=True, metavar="PART"
@@ -325,8 +331,8 @@ def _bench_kernels(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 _COMMANDS = {
-    "pretrain": _pretrain, "finetune": run_finetune, "show": _show, "configs": _configs, "plan": run_plan,
-    "submit": run_submit, "hosts": run_hosts, "bench": _bench, "shards": run_shards, "inspect": run_inspect,
-    "consolidate": run_consolidate,
-    "export": run_export, "zoo": run_zoo, "probe": run_probe, "evaluate": run_evaluate, "look": run_look,
+    "pretrain": _pretrain, "finetune": run_finetune, "segment": run_segment, "detect": run_detect, "show": _show,
+    "configs": _configs, "plan": run_plan, "submit": run_submit, "hosts": run_hosts, "bench": _bench,
+    "shards": run_shards, "inspect": run_inspect, "consolidate": run_consolidate, "export": run_export,
+    "zoo": run_zoo, "probe": run_probe, "evaluate": run_evaluate, "reproduce": run_reproduce, "look": run_look,
 }  # fmt: skip

@@ -14,46 +14,33 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 from .config_messages import explain
 from .consistency import contradiction
+from .efficiency_settings import Checkpoint, Engine, LoaderSection, Monitor, Probe, Run
 from .errors import UserError
+from .setting_types import Beta, Count, Fraction, Positive, Range, Section, pair, sorted_terms
+from .task_settings import ClassifierSection, DetectorSection, MapsSection, SegmenterSection
 
 RECIPES = Path(__file__).resolve().parent.parent / "configs"
 # Methods that are trained on labels, from a pre-trained encoder, and the command of each.
 TASKS = {"classify": "finetune", "segment": "segment", "detect": "detect"}
 RESULT_SECTIONS = ("seed", "model", "method", "mask", "data", "optim", "init")
 # Another machine, the same pictures.
-MAY_MOVE = ("data.path", "data.val_path", "data.source", "data.on_error", "data.max_corrupt")
+MAY_MOVE = (
+    "data.path", "data.val_path", "data.source", "data.on_error", "data.max_corrupt", "data.annotations", "data.images",
+    "data.val_annotations", "data.val_images",
+)  # fmt: skip
 
 SHORT_NAMES = {"optim.blr": "optim.base_lr"}  # as the released MAE and AdPE call it
-
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Beta = Annotated[float, Field(ge=0, lt=1)]
-Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
-Range = tuple[Positive, Positive]
-
-
-def _pair(value: Any) -> Any:
-    return (value, value) if isinstance(value, int) else value
-
-
-def _sorted_terms(value: Any) -> Any:
-    letters = set(value) if isinstance(value, str) else set()
-    return "".join(sorted(value, key="qkv".index)) if letters and letters <= set("qkv") else value
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", populate_by_name=True, validate_default=True, allow_inf_nan=False)
 
 
 class RelativeSection(Section):
     """Relative positions (image RPE) of MAE+ in encoder and decoder, beside the absolute ones."""
 
     # What gets a relative term; letters in any order.
-    terms: Annotated[Literal["none", "k", "q", "v", "qk", "qv", "kv", "qkv"], BeforeValidator(_sorted_terms)] = "none"
+    terms: Annotated[Literal["none", "k", "q", "v", "qk", "qv", "kv", "qkv"], BeforeValidator(sorted_terms)] = "none"
     lookup: Literal["hard", "interpolated", "published"] = "hard"  # buckets, or a table read between them
     method: Literal["product", "cross", "euclidean", "quantised"] = "product"
     mode: Literal["contextual", "bias"] = "contextual"
@@ -71,7 +58,7 @@ class Model(Section):
     heads: Count | None = None
     mlp_ratio: Positive | None = None
     patch_size: Count = 16
-    image_size: Annotated[tuple[Count, Count], BeforeValidator(_pair)] = (224, 224)
+    image_size: Annotated[tuple[Count, Count], BeforeValidator(pair)] = (224, 224)
     channels: Count = 3
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of the last block; rises to it from 0
     positions: Literal["sincos", "learned"] = "sincos"
@@ -124,13 +111,6 @@ class AdversarySection(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
 
 
-class ClassifierSection(Section):
-    """Fine-tuning on classes."""
-
-    classes: Count | None = None  # those of the images
-    pool: Literal["mean", "token"] = "mean"  # of the patch tokens, or the class token
-
-
 class Method(Section):
     """What is trained: I-JEPA (with StoP), MAE, MAE+ (with AdPE), or a task; each has settings of its own."""
 
@@ -148,6 +128,10 @@ class Method(Section):
     adversary: AdversarySection = AdversarySection()
     # classify
     classifier: ClassifierSection = ClassifierSection()
+    # segment
+    segmenter: SegmenterSection = SegmenterSection()
+    # detect
+    detector: DetectorSection = DetectorSection()
 
 
 class Mask(Section):
@@ -198,6 +182,15 @@ class Data(Section):
     mixup: Annotated[float, Field(ge=0)] = 0.0
     cutmix: Annotated[float, Field(ge=0)] = 0.0
     label_smoothing: Fraction = 0.0
+    # segment
+    maps: MapsSection = MapsSection()
+    # detect: COCO JSON files and folders of images, where they are not in COCO's layout below path
+    annotations: str | None = None
+    images: str | None = None
+    val_annotations: str | None = None  # none: nothing is measured
+    val_images: str | None = None
+    jitter: Range = (1.0, 1.0)  # scale of an image, in units of what fits
+    without_boxes: Literal["keep", "drop"] = "keep"  # training images on which nothing is
 
     def places(self) -> tuple[list[str], list[float] | None]:
         """The paths, and their weights where some has one."""
@@ -220,13 +213,17 @@ class Optim(Section):
     steps: Count | None = None  # in place of epochs
     lr: Positive | None = 8e-4
     base_lr: Positive | None = None  # in place of lr: per 256 images of batch_size
-    schedule: Literal["stop", "mae", "mae_micro"] = "stop"  # step 0 counts as 1, as 0, or moves with micro-batches
+    schedule: Literal["stop", "mae", "mae_micro", "poly"] = "stop"  # step 0 counts as 1, 0, 0 with micro-batches, 0
+    power: Positive = 1.0  # poly: (1 - progress) ** power
     start_lr: Annotated[float, Field(ge=0)] = 2e-4
     final_lr: Annotated[float, Field(ge=0)] = 1e-4
     warmup_epochs: Annotated[float, Field(ge=0)] = 15
     warmup_steps: Annotated[int, Field(ge=0)] | None = None  # in place of warmup_epochs
     weight_decay: Annotated[float, Field(ge=0)] = 0.04
     final_weight_decay: Annotated[float, Field(ge=0)] = 0.4
+    drops: list[Fraction] = Field(
+        default_factory=list
+    )  # of training, after which the rate is a tenth of what it was; no cosine then
     stretch: Positive = 1.0
     freeze_lr: FreezeSection | None = None
     freeze_weight_decay: FreezeSection | None = None
@@ -259,64 +256,9 @@ class Optim(Section):
 
 class Init(Section):
     from_: str | None = Field(default=None, alias="from")
-    allow: list[str] = []  # tensors that may be missing there or left over, by name or pattern
+    allow: list[str] = Field(default_factory=list)  # tensors that may be missing there or left over, by name or pattern
     which: Literal["teacher", "student"] = "teacher"
     resample: Literal["exact", "bicubic"] = "exact"  # tasks: how positions get onto another grid; published: bicubic
-
-
-class Engine(Section):
-    kind: Literal["ddp", "fsdp", "deepspeed"] = "ddp"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    deepspeed: str = "zero2"  # deepspeed: a setting of ds_configs, or a JSON file
-    replicas: Count = 1  # fsdp: groups of ranks that each hold the whole model among them (HSDP)
-    offload: bool = False  # fsdp: weights and optimiser state in host memory
-    activation_checkpointing: Literal["none", "selective", "full"] | Annotated[int, Field(ge=2)] = "none"
-    compile: bool = False  # the blocks, by torch.compile
-    wait_minutes: Positive = 30.0  # for ranks that do not come to the start or to a collective; then the run ends
-    silence_seconds: Annotated[float, Field(ge=5)] = 22.0  # of a rank that is frozen or cut off; then the run ends
-
-
-class LoaderSection(Section):
-    workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
-    micro_batch: Count | None = None  # images per forward on one rank; None: the rank's whole share
-    prefetch: Count = 2
-    augment: Literal["auto", "device", "workers"] = "auto"  # where flip, jitter, grey and blur are done: auto on a GPU
-
-
-class Checkpoint(Section):
-    every_steps: Annotated[int, Field(ge=0)] = 0  # 0: by time alone
-    every_minutes: Annotated[float, Field(ge=0)] = 10.0  # 0: by steps alone
-    keep: Count = 2
-    keep_every_epochs: Annotated[int, Field(ge=0)] = 0
-
-
-class Monitor(Section):
-    log_every: Count = 10
-    pictures_every: Annotated[int, Field(ge=0)] = 1000
-    collapse_every: Annotated[int, Field(ge=0)] = 200
-    collapse_rank: Annotated[float, Field(ge=1)] = 2.0  # warn below this effective rank
-    adversary_every: Annotated[int, Field(ge=0)] = 200  # steps between two measurements of the attack's gain
-    peak_tflops: Positive | None = None
-    tensorboard: bool = True
-    progress: bool = True
-
-
-class Probe(Section):
-    """k-NN and linear probe of the frozen teacher on held-out images."""
-
-    every_epochs: Annotated[int, Field(ge=0)] = 0
-    before: bool = True
-    after: bool = True
-    labels_per_class: Count | None = None  # None: every label of the training images taken
-    draws: Count = 1  # repetitions over draws of those labels
-    train_images: Count = 50_000
-    val_images: Count = 10_000
-    neighbours: Count = 20
-
-
-class Run(Section):
-    dir: str | None = None  # runs/RECIPE
 
 
 class Config(Section):

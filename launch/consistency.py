@@ -19,8 +19,11 @@ _OF = {
                  "model.relative"),
     "classify": ("method.classifier", "data.rand_augment", "data.erase", "data.mixup", "data.cutmix",
                  "data.label_smoothing", "model.relative", "model.drop_path", "optim.layer_decay", "init.resample"),
-    "segment": ("model.relative", "model.drop_path", "optim.layer_decay", "init.resample"),
-    "detect": ("model.relative", "model.drop_path", "optim.layer_decay", "init.resample"),
+    "segment": ("method.segmenter", "data.maps", "optim.power", "model.relative",
+                "model.drop_path", "optim.layer_decay", "init.resample"),
+    "detect": ("method.detector", "data.annotations", "data.images", "data.val_annotations", "data.val_images",
+               "data.jitter", "data.without_boxes", "model.relative", "model.drop_path", "optim.layer_decay",
+               "init.resample"),
 }  # fmt: skip
 _TOKENS = {
     "jepa": ("learned", "projection_bias", "none"),
@@ -66,7 +69,10 @@ def contradiction(config: Config) -> str | None:
             continue
         found = _unset(getattr(config, section), rest)
         if found:
-            owners = " or ".join(name for name, paths in _OF.items() if path in paths)
+            every = [name for name, paths in _OF.items() if path in paths]
+            # Whoever pre-trains is not helped by the names of tasks, nor the other way round.
+            alike = [name for name in every if (name in _TOKENS) == (kind in _TOKENS)]
+            owners = " or ".join(alike or every)
             switch = _SWITCHES.get(path)
             way = f"set {switch}=none as well" if switch else "leave it out"
             return (

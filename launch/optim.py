@@ -26,7 +26,8 @@ class Schedules:
 
     StoP advances its counters before their first use, so step 0 takes the values of counter 1, and cuts warm-up and
     span to `whole_steps`; the momentum alone starts at 0. MAE and AdPE cut nothing and start at `mae_first_counter`.
-    `stretch` lengthens all three beyond the end of training (`ipe_scale` in StoP).
+    `stretch` lengthens all three beyond the end of training (`ipe_scale` in StoP). With a `power` the learning rate
+    falls as (1 - progress) ** power over all steps, and warm-up is a factor on that (mmsegmentation's `poly`).
     """
 
     steps_per_epoch: float
@@ -44,6 +45,8 @@ class Schedules:
     freeze_weight_decay: Freeze | None = None
     first_counter: float = 1.0
     whole_steps: bool = True
+    power: float | None = None
+    drops: tuple[float, ...] = ()  # shares of the span after each of which the rate is a tenth, instead of a cosine
 
     @property
     def span(self) -> float:
@@ -65,8 +68,12 @@ class Schedules:
     def lr_at(self, step: int) -> float:
         """Learning rate of optimiser step `step` (0-based)."""
         counter = step + self.first_counter
+        if self.power is not None:
+            return self._poly(counter, self.power)
         if counter < self.warmup:  # tested before the freeze, which therefore waits for the warm-up
             return self.start_lr + counter / self.warmup * (self.lr - self.start_lr)
+        if self.drops:
+            return self.lr * 0.1 ** sum(counter >= drop * self.span for drop in self.drops)
         return self._frozen(counter, self.freeze_lr, self._lr_cosine)
 
     def weight_decay_at(self, step: int) -> float:
@@ -85,6 +92,12 @@ class Schedules:
     def _lr_cosine(self, counter: float) -> float:
         progress = (counter - self.warmup) / max(1, self.span - self.warmup)
         return max(self.final_lr, _cosine(self.lr, self.final_lr, progress))
+
+    def _poly(self, counter: float, power: float) -> float:
+        regular = self.final_lr + (self.lr - self.final_lr) * max(0.0, 1 - counter / max(1, self.span)) ** power
+        warm = min(1.0, counter / self.warmup) if self.warmup else 1.0
+        first = self.start_lr / self.lr
+        return regular * (first + warm * (1 - first))
 
     def _decay_cosine(self, counter: float) -> float:
         value = _cosine(self.weight_decay, self.final_weight_decay, counter / max(1, self.span))

@@ -12,12 +12,14 @@ from torch.utils.data import Dataset
 
 from ..data.augment import Augment
 from ..data.batch import Batch
+from ..data.coco import CocoImages
 from ..data.ffcv import Beton
 from ..data.images import Channels, DataError, Digits, ImageFolder, NoHeldOutImages, Source, Subset, TorchDataset
 from ..data.loader import Loader
 from ..data.masks import Masks
 from ..data.order import Mixture, Order, Permutations, Plan, check_batch_sizes, epoch_length
 from ..data.readers import Reader, open_reader
+from ..data.segmentation import MaskFolder
 from ..data.shards import Shards
 from ..data.sources import Joined, open_source
 from ..data.stream_order import check_division
@@ -113,7 +115,7 @@ def put_together(
 
 _KINDS = {
     ImageFolder: "files", Shards: "shards", Beton: ".beton", Stream: "streamed shards", Joined: "several places",
-    Digits: "digits",
+    Digits: "digits", MaskFolder: "files with masks", CocoImages: "COCO",
 }  # fmt: skip
 
 

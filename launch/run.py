@@ -210,6 +210,7 @@ def _finish(config: Config, world: World, result: Result, measure) -> dict[str, 
     after = measure(result.steps) if config.probe.after else None
     if world.first:
         aside = path.with_suffix(".part")
-        aside.write_text(json.dumps({"steps": result.steps, "before": result.before, "after": after}, indent=1))
+        found = {**known, "steps": result.steps, "before": result.before, "after": after}  # probes may stand there, too
+        aside.write_text(json.dumps(found, indent=1), encoding="utf-8")
         os.replace(aside, path)
     return after

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -9,8 +10,10 @@ from ..data.batch import Batch
 from ..models.jepa import Jepa
 from ..models.mae import Mae
 from ..models.method import Method
+from ..models.segmenter import Segmenter
 from .config import Config
 from .engine.base import Engine
+from .evaluate.overlays import map_panels, palette
 from .monitor import Monitor, rank_me
 from .pictures import draw_masks, draw_reconstructions, draw_shifts
 from .world import World
@@ -27,9 +30,12 @@ class Watch:
 
     def __call__(self, step: int, batch: Batch) -> None:
         every = self.config
+        picture = every.pictures_every and (step == 1 or step % every.pictures_every == 0)
+        if isinstance(self.method, Segmenter) and picture:
+            self._draw_maps(batch)
         if not isinstance(self.method, (Jepa, Mae)):
             return  # a task has labels to be measured by
-        if every.pictures_every and (step == 1 or step % every.pictures_every == 0):
+        if picture:
             self._draw(batch)
         if every.collapse_every and step % every.collapse_every == 0:
             self._collapse(batch)
@@ -59,6 +65,21 @@ class Watch:
         if tensors and method.attack.mode == "coordinate":
             shifts = {name: tensor.detach() for name, tensor in tensors.items()}
             self.monitor.picture("adversary", draw_shifts(shifts, masked[0], method.encoder.grid))
+
+    @torch.no_grad()
+    def _draw_maps(self, batch: Batch) -> None:
+        """Crops of the batch, their labels, and what is found in them."""
+        found = self.engine.ask("predict", batch.images[:4])
+        if not self.world.first:
+            return
+        assert isinstance(batch.truth, Tensor)
+        colours = palette(found.shape[1])
+        images, truth, labels = (
+            part.to(torch.uint8).cpu().numpy()
+            for part in (batch.images[:4].permute(0, 2, 3, 1), batch.truth[:4], found.argmax(dim=1))
+        )
+        rows = [map_panels(*row, colours) for row in zip(images, truth, labels, strict=True)]
+        self.monitor.picture("label maps", torch.from_numpy(np.concatenate(rows)).permute(2, 0, 1))
 
     @torch.no_grad()
     def _collapse(self, batch: Batch) -> None:

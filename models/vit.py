@@ -16,6 +16,7 @@ from .attention import RelativeBlock
 from .drop_path import DropPath
 from .positions import Positions
 from .relative import Relative, RelativeAttack
+from .windows import WindowBlock
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def transformer_blocks(
     ]
     for block, rate in zip(blocks, rates, strict=True):
         if rate:
-            block.drop_path1, block.drop_path2 = DropPath(rate), DropPath(rate)
+            block.drop_path1, block.drop_path2 = DropPath(rate), DropPath(rate)  # pyright: ignore
     return nn.ModuleList(blocks)
 
 
@@ -134,7 +135,7 @@ def run_blocks(
 ) -> Iterator[Tensor]:
     """The tokens after each block; `grid` and `attacks` (one a block) matter to relative positions alone."""
     for i, block in enumerate(blocks):
-        if isinstance(block, RelativeBlock):
+        if isinstance(block, RelativeBlock | WindowBlock):
             tokens = block(tokens, grid, attacks[i] if attacks else None)
         else:
             tokens = block(tokens)

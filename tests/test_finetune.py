@@ -1,7 +1,10 @@
 """Fine-tuning runs: from a pre-trained run, resumed to the bit, measured exactly once an image, swept."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +62,21 @@ def test_the_run_s_folder_is_by_the_recipe_s_name(settings):
 def test_what_is_named_wins_over_the_checkpoint_s(settings):
     config = task_config("finetune", {**settings, "model.image_size": 16, "data.mean": [0.1]}, "classify", "finetune")
     assert config.model.image_size == (16, 16) and config.data.mean == [0.1] and config.model.width == 24
+
+
+@pytest.mark.parametrize("pool", ["mean", "token"])
+def test_an_encoder_with_relative_positions_is_tuned_on_larger_images(tmp_path, tiny_mae, some_digits, pool, capsys):
+    """Its tables know offsets and not sizes; its absolute positions are resampled."""
+    attack = {"model.relative.terms": "k", "model.relative.lookup": "interpolated",
+              "method.adversary.mode": "coordinate"}  # fmt: skip
+    run = elsewhere.pretrain("demo_adpe", some_digits, **{**tiny_mae, **attack}).run
+    grid = elsewhere.load(run).grid
+    more = {"init.from": str(run), "run.dir": str(tmp_path / "tuned"), "optim.steps": 2, "optim.batch_size": 32}
+    size = {"model.image_size": 2 * elsewhere.load(run).image_size[0], "method.classifier.pool": pool}
+    result = finetune("finetune", **{**SMALL, **more, **size})
+    said = capsys.readouterr().out
+    assert f"positions {grid[0]}x{grid[1]} resampled to {2 * grid[0]}x{2 * grid[1]}" in said
+    assert "relative positions on k" in said and result.after["images"] == 359
 
 
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(settings, tmp_path, losses, monkeypatch):
@@ -174,17 +192,45 @@ def test_a_recipe_of_another_kind_names_its_command(settings):
         elsewhere.pretrain("finetune", **settings)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("engine", [
+ENGINES = [
     {"engine.kind": "fsdp"}, {"engine.kind": "deepspeed", "engine.deepspeed": "zero2"},
     {"engine.kind": "deepspeed", "engine.deepspeed": "zero3"}, {"engine.compile": True},
     {"engine.activation_checkpointing": "full"}, {"engine.precision": "bfloat16"},
-], ids=lambda engine: "-".join(str(v) for v in engine.values()))  # fmt: skip
+    {"engine.precision": "float16"},
+]  # fmt: skip
+
+
+def start_finetune(settings: dict, ranks: int = 1) -> str:
+    """What a fine-tuning in processes of its own printed: DeepSpeed starts once in a process."""
+    launcher = [sys.executable, "-m"]
+    if ranks > 1:
+        launcher += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
+    done = subprocess.run(
+        [*launcher, "elsewhere.launch", "finetune", "finetune", *command_line(settings)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True, text=True, cwd=Path(settings["run.dir"]).parent,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("engine", ENGINES, ids=lambda engine: "-".join(str(v) for v in engine.values()))
 def test_every_engine_fine_tunes_alike(settings, tmp_path, losses, engine):
     plain = losses(finetune("finetune", **{**settings, "run.dir": str(tmp_path / "plain")}).run)
-    found = losses(finetune("finetune", **{**settings, **engine}).run)
-    tolerance = 2e-2 if engine.get("engine.precision") else 2e-5
-    np.testing.assert_allclose(found, plain, rtol=tolerance)
+    start_finetune({**settings, **engine})
+    np.testing.assert_allclose(losses(settings["run.dir"]), plain, rtol=2e-2 if "engine.precision" in engine else 2e-5)
+
+
+@pytest.mark.long
+def test_two_ranks_fine_tune_and_measure_as_one(settings, tmp_path, losses):
+    """Without mixing, which pairs the images of a rank."""
+    settings |= {"data.mixup": 0.0, "data.cutmix": 0.0}
+    alone = finetune("finetune", **{**settings, "run.dir": str(tmp_path / "alone")})
+    start_finetune(settings, ranks=2)
+    np.testing.assert_allclose(losses(settings["run.dir"]), losses(alone.run), rtol=1e-5)
+    found = json.loads(Path(settings["run.dir"], "results.json").read_text())["after"]
+    assert found["images"] == alone.after["images"] and found["top1"] == pytest.approx(alone.after["top1"], abs=0.01)
 
 
 def test_the_optimizer_has_its_layers(settings):

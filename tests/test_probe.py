@@ -24,6 +24,7 @@ from elsewhere.launch.evaluate.precision import choose_compute, difference
 from elsewhere.launch.evaluate.session import Options, open_session
 from elsewhere.launch.evaluate.store import Cache, Features
 from elsewhere.launch.load import load
+from elsewhere.launch.pretrain import pretrain
 from elsewhere.launch.weights import write_part
 from elsewhere.launch.world import World
 from elsewhere.models.method import Method
@@ -33,8 +34,6 @@ from elsewhere.tests.conftest import TINY  # pyright: ignore
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run of one epoch on the digits."""
-    from elsewhere.launch.pretrain import pretrain
-
     folder = tmp_path_factory.mktemp("probe") / "run"
     pretrain("demo", **{**TINY, "optim.batch_size": 128, "model.patch_size": 2, "mask.context_keep": 6,
                         "mask.target_scale": [0.2, 0.3], "run.dir": str(folder)})  # fmt: skip
@@ -135,6 +134,14 @@ def test_results_are_merged_and_replaced_by_their_like(probe, tmp_path):
     held = json.loads((tmp_path / "out" / "results.json").read_text())
     assert held["steps"] == 7
     assert [entry["protocol"]["neighbours"] for entry in held["evaluations"]] == [[20], [10]]
+
+
+def test_a_run_that_ends_leaves_the_evaluations_of_its_checkpoints(tiny, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "results.json").write_text('{"evaluations": ["kept"]}')
+    pretrain("demo", **{**tiny, "optim.batch_size": 512})
+    held = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert held["evaluations"] == ["kept"] and held["steps"] == 2
 
 
 def test_a_suite_prints_one_table_and_extracts_once(probe, tmp_path):
@@ -249,6 +256,26 @@ def test_an_unreadable_image_is_left_out_and_counted_or_ends_it(run, folder, pro
     assert entries(tmp_path / "out")[0]["unreadable"] == 1
 
 
+def test_an_unreadable_image_does_not_move_those_behind_it(run, folder, tmp_path):
+    images = folder(train={"a": 4, "b": 4})
+    method, view, size = Method(load(run), (0.3,), (0.37,)), CentreView((8, 8), "bilinear"), (1, 8, 8)
+
+    def found_by():
+        source = ImageFolder(str(images), "train", 1)
+        reading, indices = Reading(batch=8, on_error="skip"), np.arange(len(source))
+
+        def compute(pixels):
+            return pooled_layers(method, pixels, 1)
+
+        return extract(compute, source, indices, view, size, World(), reading, tmp_path, "x")[0]
+
+    whole = found_by()
+    (images / "train" / "a" / "a_2.png").write_bytes(b"no image")
+    rest = found_by()
+    assert np.abs(rest.values - np.delete(whole.values, 2, axis=0)).max() < 1e-5
+    assert rest.indices.tolist() == [0, 1, 3, 4, 5, 6, 7] and rest.labels.tolist() == [0, 0, 0, 1, 1, 1, 1]
+
+
 def test_views_leave_unreadable_images_out_and_keep_their_places(folder):
     images = folder(train={"a": 4, "b": 1})
     (images / "train" / "a" / "a_1.png").write_bytes(b"no image")
@@ -274,6 +301,7 @@ def test_a_cache_answers_for_the_same_weights_images_and_view_alone(run, folder,
     assert kept() == 2
     assert kept("data.interpolation=bicubic") == 0
     assert kept("data.mean=[0.4]") == 0
+    assert kept("data.std=[0.4]") == 0
     assert kept("--which", "student") == 0
     (images / "train" / "a" / "a_0.png").unlink()
     assert kept() == 1  # val's
@@ -392,7 +420,8 @@ def test_a_list_file_that_names_an_image_twice_or_is_missing_is_refused(listed, 
     arguments = listed("")
     (tmp_path / "list.txt").unlink()
     assert "cannot be read (No such file or directory)" in refused(*arguments)
-    assert "leave one out" in refused(*listed("a_1.png"), "--shots", "5")
+    for flag in ("--shots", "--train-images"):
+        assert "leave one out" in refused(*listed("a_1.png"), flag, "5")
 
 
 def test_a_name_of_two_images_is_refused(folder, refused, tmp_path):

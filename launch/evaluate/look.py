@@ -255,7 +255,10 @@ def _reconstruction(checkpoint: Path, names: list[str], what: str) -> Tensor:
     )
     images = torch.stack([_view(name, method.encoder.channels, config.model.image_size, config) for name in names])
     masks = build_masks(config, method.encoder.grid)
-    visible = torch.from_numpy(masks(config.seed, 0, 0, np.arange(len(images))).visible[:, 0])
+    assert masks is not None
+    drawn = masks(config.seed, 0, 0, np.arange(len(images))).visible
+    assert drawn is not None
+    visible = torch.from_numpy(drawn[:, 0])
     with torch.inference_mode():
         painted, masked = method.eval().repaint(images, visible, tensors)
     picture = draw_reconstructions(images, masked, 255 * painted, method.encoder.grid, count=len(images))

@@ -88,6 +88,10 @@ def settings_of(arguments: argparse.Namespace, layers: str = "both") -> Settings
 
     if arguments.lists and arguments.shots:
         raise UserError("--list says which images are labelled, and so does --shots: leave one out.")
+    if arguments.lists and arguments.train_images:
+        raise UserError(
+            "--list says which images are labelled, and --train-images takes some at random: leave one out."
+        )
     given: dict[str, Any] = {
         name: value
         for name in ("neighbours", "rates", "decays", "epochs", "attentive_rates", "attentive_epochs", "strength")

@@ -17,7 +17,7 @@ from ...data.views import RandomView
 from ..errors import UserError
 from . import attentive, linear, low_shot, nearest
 from .linear import Heads, Setting, train_epoch
-from .low_shot import Shots, read_list, without_images
+from .low_shot import Shots, without_images
 from .nearest import Nearest
 from .scores import counts, figure, over_draws
 from .session import Session
@@ -82,7 +82,6 @@ def _highest(figures: list[dict[str, Any]], key: str = "top1") -> dict[str, Any]
 
 def knn(session: Session, settings: Settings) -> Outcome:
     """k nearest neighbours by cosine of standardised features, weighted by exp(cosine / 0.07)."""
-    check_pool(session, settings.pool)
     train, val = session.pooled("train"), session.pooled("val")
     known = Nearest(train.pooled(pool=settings.pool), train.labels, session.world.device)
     asked, ks = val.pooled(pool=settings.pool), settings.neighbours
@@ -114,7 +113,6 @@ _INPUTS = {"last": "last layer", "last4": "last four layers"}
 
 def linear_probe(session: Session, settings: Settings) -> Outcome:
     """Linear classifiers by the VISSL protocol, all rates and decays at once."""
-    check_pool(session, settings.pool)
     train_rows, select_rows = _held_out(session, settings)
     chosen = linear.settings(settings.rates, settings.decays)
     world, seed, classes = session.world, session.config.seed, len(session.classes)
@@ -225,14 +223,12 @@ def attentive_probe(session: Session, settings: Settings) -> Outcome:
 
 def low_shot_probe(session: Session, settings: Settings) -> Outcome:
     """Logistic regression on few labelled images: drawn, or those of list files."""
-    check_pool(session, settings.pool)
     seed, classes = session.config.seed, len(session.classes)
     labels, whole = session.labels("train"), session.chosen["train"]
     draws: list[tuple[str, np.ndarray]] = []
     if settings.lists:
         for path in settings.lists:
-            listed = session.world.agree(lambda path=path: read_list(path, session.train))
-            draws.append((path.name, listed))
+            draws.append((path.name, session.listed(path)))
     else:
         for shots in settings.shots:
             draws += [(str(shots), np.sort(whole[shots.draw(labels, seed, d)])) for d in range(settings.draws)]
@@ -279,6 +275,11 @@ def needed_layers(kinds: Sequence[str], settings: Settings) -> int:
 
 def run(session: Session, kinds: Sequence[str], settings: Settings) -> list[dict[str, Any]]:
     """The results of probes, in the form of `results.json`, on every rank."""
+    # What is wrong with these is said before minutes of extraction.
+    if any(kind != "attentive" for kind in kinds):
+        check_pool(session, settings.pool)
+    for path in settings.lists if "low-shot" in kinds else ():
+        session.listed(path)
     if any(kind in ("knn", "linear") for kind in kinds) and not settings.augment:
         session.pooled("train")
     entries = []

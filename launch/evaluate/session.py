@@ -31,6 +31,7 @@ from ..monitor import hardware
 from ..nodes.guard import RankFailed
 from ..world import World, join
 from .features import Reading, all_tokens, extract, pooled_layers
+from .low_shot import read_list
 from .precision import choose_compute
 from .store import Cache, Features, Store, listing_checksum, weights_checksum
 
@@ -146,6 +147,7 @@ class Session:
     layers: int = 1  # features are extracted of so many last layers
     _known: dict[Any, Features] = field(default_factory=dict)
     _stores: list[Store] = field(default_factory=list)
+    _lists: dict[Path, np.ndarray] = field(default_factory=dict)
     _weights: str = ""
 
     @property
@@ -164,6 +166,12 @@ class Session:
         """The labels of the images of a split that are used, `[n]`, without reading them."""
         source = self.source(split)
         return np.array([source.label(i) for i in self.chosen[split].tolist()], np.int64)
+
+    def listed(self, path: Path) -> np.ndarray:
+        """The training images that a list file names."""
+        if path not in self._lists:
+            self._lists[path] = self.world.agree(lambda: read_list(path, self.train))
+        return self._lists[path]
 
     def pooled(self, split: str, indices: np.ndarray | None = None) -> Features:
         """Features `[n, layers, 1 or 2, D]` of a split, or of some of its images alone where it was not extracted."""

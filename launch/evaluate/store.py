@@ -84,7 +84,7 @@ class Store:
         if self.path is None:
             self.array[first : first + len(values)] = values
             return
-        view, offset = memoryview(values).cast("B"), self.offset + first * (values.nbytes // max(1, len(values)))
+        view, offset = memoryview(values.tobytes()), self.offset + first * (values.nbytes // max(1, len(values)))
         while len(view):
             written = os.pwrite(self.file, view, offset)
             view, offset = view[written:], offset + written

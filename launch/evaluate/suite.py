@@ -23,6 +23,10 @@ def add_evaluate_command(commands: Any) -> None:
     command = commands.add_parser("evaluate", help=text, description=f"{text} {more}")
     add_encoder_arguments(command)
     command.add_argument("--suite", choices=tuple(SUITES), default="quick", help="(%(default)s)")
+    command.add_argument(
+        "--finetune", nargs="+", metavar=("RECIPE", "key=value"),
+        help="then fine-tune, too, by a recipe and settings of its own, e.g. finetune optim.epochs=30",
+    )  # fmt: skip
     add_probe_arguments(command)
 
 
@@ -32,4 +36,18 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
     if not arguments.shots and not arguments.lists:
         arguments.shots = ["1%", "1", "2", "5"]
     measure(arguments, kinds, settings_of(arguments, layers), best_only=True)
-    return 0
+    return _finetuned(arguments) if arguments.finetune else 0
+
+
+def _finetuned(arguments: argparse.Namespace) -> int:
+    """Fine-tune the same checkpoint on the same images, in the folder `finetune` beside the results."""
+    from ..run_command import exit_status
+    from .finetune import finetune
+    from .session import results_folder
+    from .task_config import task_config
+
+    recipe, *own = arguments.finetune
+    folder = results_folder(arguments.checkpoint, arguments.output) / "finetune"
+    given = [f"init.from={arguments.checkpoint}", f"init.which={arguments.which}", f"run.dir={folder}"]
+    config = task_config(recipe, [*given, *arguments.overrides, *own], "classify", "evaluate --finetune")
+    return exit_status(lambda: finetune(config))
