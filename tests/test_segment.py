@@ -174,7 +174,7 @@ def test_two_ranks_train_and_measure_like_one(settings, tmp_path, losses, norm):
 
 @pytest.mark.long
 @pytest.mark.parametrize("engine", [
-    {"engine.kind": "fsdp"}, {"engine.kind": "deepspeed", "engine.deepspeed": "zero3"}, {"engine.compile": True},
+    {"engine.kind": "fsdp"}, {"engine.kind": "deepspeed", "engine.deepspeed": "zero3"},
     {"engine.activation_checkpointing": "full"}, {"engine.precision": "bfloat16"},
 ], ids=lambda engine: "-".join(str(v) for v in engine.values()))  # fmt: skip
 def test_every_engine_segments_alike(settings, tmp_path, losses, engine):
