@@ -31,7 +31,9 @@ def draw_detections(
     for one in chosen:
         label, box = int(found["labels"][one]), found["boxes"][one].tolist()
         pen.rectangle(box, outline=colour_of(label), width=line)
-        text, corner = f"{names[label - 1]} {float(found['scores'][one]):.2f}", (box[0] + line, box[1] + line)
+        text = f"{names[label - 1]} {float(found['scores'][one]):.2f}"
+        _, _, _, height = pen.textbbox((0, 0), text)
+        corner = (box[0], box[1] - height - line if box[1] > height + line else box[1] + line)  # above, where it fits
         pen.rectangle(pen.textbbox(corner, text), fill=colour_of(label))
         pen.text(corner, text, fill=(0, 0, 0))
     return picture
