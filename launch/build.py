@@ -66,11 +66,16 @@ def encoder_size(config: Config) -> Size:
     return replace(SIZES[config.model.size], **{key: value for key, value in given.items() if value is not None})
 
 
+def has_class_token(config: Config) -> bool:
+    """Whether the encoder has a class token: as the method has it, unless the configuration says so."""
+    return config.method.kind != "jepa" if config.model.class_token is None else config.model.class_token
+
+
 def build_encoder(config: Config) -> Encoder:
     """The encoder of a configuration; UserError for sizes that do not fit together."""
     model, size = config.model, encoder_size(config)
     _check_width("model", size, model.positions)
-    class_token = config.method.kind != "jepa" if model.class_token is None else model.class_token
+    class_token = has_class_token(config)
     with user_errors():
         encoder = Encoder(
             model.image_size, model.patch_size, model.channels, size, positions=model.positions,

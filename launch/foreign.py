@@ -18,6 +18,7 @@ from ..models.method import IMAGENET_MEAN, IMAGENET_STD
 from ..models.vit import Encoder
 from ..models.zoo_in import ForeignEncoder, encoder_content, is_ours, read_foreign
 from ..models.zoo_published import PUBLISHED, Published, differs
+from .build import has_class_token
 from .config import Config
 from .errors import UserError
 
@@ -118,6 +119,10 @@ def read_encoder(content: Content, path: object, which: str) -> tuple[ForeignEnc
         size = hub.get("image_size") or timm.get("image_size")
         if content.ours is not None:
             size = content.ours.model.image_size
+            # mmsegmentation's ViT always has a class token; `export` gave it zeros.
+            if "cls_token" in state and not has_class_token(content.ours) and not state["cls_token"].any():
+                state = {**state, "pos_embed": state["pos_embed"][:, 1:]}
+                del state["cls_token"]
         found = read_foreign(state, called, size, hub.get("heads") or timm.get("heads"))
     except ValueError as error:
         raise UserError(f"{path} {error}.") from error
