@@ -111,6 +111,10 @@ def _efficiency_that_matters(config: Config, parts: Parts, saved: Saved) -> list
     if config.optim.schedule == "mae_micro" and accumulation != parts.accumulation:
         changed.append(f"micro-batches a step, which optim.schedule=mae_micro counts: {accumulation} -> "
                        f"{parts.accumulation}")  # fmt: skip
+    segmenter = config.method.segmenter
+    if config.method.kind == "segment" and segmenter.norm == "batch" and accumulation != parts.accumulation:
+        changed.append(f"micro-batches a step, which method.segmenter.norm=batch norms apart: {accumulation} -> "
+                       f"{parts.accumulation}")  # fmt: skip
     return changed
 
 

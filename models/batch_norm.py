@@ -11,16 +11,18 @@ from torch.distributed.nn.functional import all_reduce
 class SyncedBatchNorm(nn.Module):
     """BatchNorm of `[B, C, H, W]` over the batches of all ranks of the default process group.
 
-    torch's own needs a GPU. The running statistics are frozen parameters, so that a checkpoint holds them; engines
-    that divide parameters over ranks would lose their updates.
+    torch's own needs a GPU. The running statistics are the same on all ranks.
     """
+
+    running_mean: Tensor
+    running_var: Tensor
 
     def __init__(self, channels: int, momentum: float = 0.1, eps: float = 1e-5):
         super().__init__()
         self.momentum, self.eps = momentum, eps
         self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
-        self.running_mean = nn.Parameter(torch.zeros(channels), requires_grad=False)
-        self.running_var = nn.Parameter(torch.ones(channels), requires_grad=False)
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):

@@ -38,8 +38,8 @@ class Segmenter(Method):
     """An encoder under UperNet, trained on the cross entropy of every pixel (BEiT, MAE: the ADE20K recipe).
 
     `blocks` are the four depths of the pyramid (None: `quarters`), `channels` the heads' width (None: the encoder's),
-    `norm` is group or batch, `dropout` the share of feature maps dropped before a classifier, `auxiliary` the weight
-    of a second head's loss on the third depth (0: no such head). Intermediate outputs enter without the encoder's last
+    `norm` is batch (over all ranks) or group, `dropout` the share of feature maps dropped before a classifier,
+    `auxiliary` the weight of a second head's loss on the third depth (0: no such head). Intermediate outputs enter without the encoder's last
     norm, which is left out. `seed` keys what is dropped. Raises ValueError for what does not fit together.
     """
 
@@ -49,7 +49,7 @@ class Segmenter(Method):
         classes: int,
         blocks: Sequence[int] | None = None,
         channels: int | None = None,
-        norm: str = "group",
+        norm: str = "batch",
         dropout: float = 0.1,
         auxiliary: float = 0.4,
         auxiliary_channels: int = 256,

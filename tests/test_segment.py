@@ -11,8 +11,10 @@ import pytest
 from PIL import Image
 
 import elsewhere
+from elsewhere.launch.checkpoint import inspect
 from elsewhere.launch.cli import main
 from elsewhere.launch.engine.ddp import DdpEngine
+from elsewhere.launch.errors import UserError
 from elsewhere.launch.evaluate.segment import segment
 from elsewhere.launch.evaluate.task_config import task_config
 from elsewhere.tests.composites import drawn_cutouts, scenes, write_ade
@@ -79,15 +81,23 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(settings, tmp_path, loss
 
 
 def test_micro_batches_change_nothing_but_rounding(settings, tmp_path, losses):
+    settings = {**settings, "method.segmenter.norm": "group"}
     plain = losses(segment("segment", **settings).run)
     cut = losses(segment("segment", **{**settings, "loader.micro_batch": 1, "run.dir": str(tmp_path / "cut")}).run)
     np.testing.assert_allclose(cut, plain, rtol=2e-5)
 
 
 def test_batch_norm_keeps_its_statistics_in_the_checkpoint(settings):
-    result = segment("segment", **settings, **{"method.segmenter.norm": "batch"})
-    again = segment("segment", **settings, **{"method.segmenter.norm": "batch"}, measure_only=True)
-    assert again.after == result.after
+    result = segment("segment", **settings)
+    mean = inspect(Path(result.run) / "checkpoints" / "step-00000006").tensors("method.head.fused.1.running_mean")
+    assert len(mean) == 1 and all(values.abs().min() > 0 for values in mean.values())
+    assert segment("segment", **settings, measure_only=True).after == result.after
+
+
+def test_other_micro_batches_are_told_where_batch_norm_would_differ(settings):
+    segment("segment", **{**settings, "optim.steps": 2})
+    with pytest.raises(UserError, match="norms apart: 1 -> 2"):
+        segment("segment", **{**settings, "optim.steps": 2, "loader.micro_batch": 2})
 
 
 def test_what_is_there_is_measured_again_and_drawn(settings, tmp_path, capsys):
@@ -140,7 +150,6 @@ def test_a_data_set_of_one_s_own_is_learned(settings):
         ({"data.maps.zero_is_ignored": False}, "unknown ids"),
         ({"data.crop_scale": [0.1, 1.0]}, "data.crop_scale is not for method.kind=segment"),
         ({"data.mixup": 0.5}, "mixup"),
-        ({"method.segmenter.norm": "batch", "engine.kind": "fsdp"}, "norm=batch keeps statistics"),
         ({"model.image_size": 17}, "not divisible"),
         ({"model.relative.terms": "none"}, "relative"),
     ],
@@ -179,5 +188,6 @@ def test_two_ranks_train_and_measure_like_one(settings, tmp_path, losses, norm):
 ], ids=lambda engine: "-".join(str(v) for v in engine.values()))  # fmt: skip
 def test_every_engine_segments_alike(settings, tmp_path, losses, engine):
     plain = losses(segment("segment", **{**settings, "run.dir": str(tmp_path / "plain")}).run)
-    found = losses(segment("segment", **{**settings, **engine}).run)
-    np.testing.assert_allclose(found, plain, rtol=2e-2 if engine.get("engine.precision") else 5e-5)
+    result = segment("segment", **{**settings, **engine})
+    np.testing.assert_allclose(losses(result.run), plain, rtol=2e-2 if engine.get("engine.precision") else 5e-5)
+    assert segment("segment", **{**settings, **engine}, measure_only=True).after == result.after

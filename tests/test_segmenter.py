@@ -118,7 +118,7 @@ def test_the_loss_is_the_published_one():
 @pytest.mark.parametrize("drop_path", [0.0, 0.5])
 def test_the_loss_of_a_batch_is_the_mean_of_its_parts(drop_path):
     """Drawn paths and maps are keyed by sample, and ignored pixels do not change what the others weigh."""
-    model = Segmenter(encoder(drop_path=drop_path), 5).train()
+    model = Segmenter(encoder(drop_path=drop_path), 5, norm="group").train()
     given = batch()
     given.truth[0] = IGNORED
     whole = model.objective(given)[0].double()

@@ -128,8 +128,10 @@ class Engine(ABC):
         """Give the optimiser its count of steps."""
 
     def pieces(self) -> dict[str, Piece]:
-        """What this rank writes of a checkpoint: `method.NAME`, `exp_avg.NAME`, `exp_avg_sq.NAME` and `adversary.…`."""
+        """What this rank writes of a checkpoint: `method.NAME`, `exp_avg.NAME`, `exp_avg_sq.NAME`, `adversary.…`."""
         found = self._pieces()
+        if self.world.first:
+            found |= {name: Piece.whole(tensor) for name, tensor in self._statistics().items()}
         if self.world.first and self.adversary:
             for name, tensor in self.adversary.named_state().items():
                 found[f"adversary.{name}"] = Piece.whole(tensor)
@@ -152,18 +154,29 @@ class Engine(ABC):
                 "saved run"
             )
         adversary = {} if self.adversary is None else self.adversary.named_state()
-        known = self._names() | {f"adversary.{name}" for name in adversary}
+        statistics = self._statistics()
+        known = self._names() | {f"adversary.{name}" for name in adversary} | statistics.keys()
         beyond = sorted(name for name in there if name.startswith(("method.", "adversary.")) and name not in known)
         if beyond:
             raise ValueError(f"it holds {beyond[0]}, which this recipe has not")
         state = {name: torch.empty_like(tensor) for name, tensor in adversary.items()}
         read({f"adversary.{name}": Piece.whole(tensor) for name, tensor in state.items()})
+        read({name: Piece.whole(tensor) for name, tensor in statistics.items()})
         self._load(read)
         self.applied = int(facts["applied"])
         self._set_applied(self.applied)
         self.scaler.load_state_dict(facts["scaler"])
         if self.adversary:
             self.adversary.load_named_state(state, self.applied)
+
+    def _statistics(self) -> dict[str, Tensor]:
+        """What the method keeps beside its weights, the same on all ranks and divided by none: running statistics."""
+        found = {}
+        for path, module in self.method.named_modules():
+            for name, tensor in module._buffers.items():
+                if tensor is not None and name not in module._non_persistent_buffers_set:
+                    found[f"method.{path}.{name}"] = tensor
+        return found
 
     def _names(self) -> set[str]:
         return {f"method.{name}" for name, _ in self.method.named_parameters()}

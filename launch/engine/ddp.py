@@ -137,6 +137,6 @@ class DdpEngine(TorchEngine):
 
     def pieces(self) -> dict[str, Piece]:
         """As for any engine; of what all ranks have, each writes its share."""
-        rank, size = self.world.rank, self.world.size
+        rank, size, statistics = self.world.rank, self.world.size, self._statistics()
         return {name: piece for i, (name, piece) in enumerate(super().pieces().items())
-                if i % size == rank or name.startswith("adversary.")}  # fmt: skip
+                if i % size == rank or name in statistics or name.startswith("adversary.")}  # fmt: skip

@@ -90,12 +90,6 @@ class Segmentation:
             raise UserError(f"--draw {draw} is there already: choose a new or empty folder.")
 
     def assemble(self, config: Config, world: World, dataset: Any, val_dataset: Any) -> Parts:
-        section = config.method.segmenter
-        if section.norm == "batch" and config.engine.kind != "ddp":
-            raise UserError(
-                f"method.segmenter.norm=batch keeps statistics that engine.kind={config.engine.kind} would lose; use "
-                "norm=group, or engine.kind=ddp."
-            )
         train, val = open_maps(config, dataset, val_dataset)
         known = config.model_copy(deep=True)
         known.method.segmenter.classes = len(train.classes or ())
