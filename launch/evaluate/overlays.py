@@ -14,7 +14,7 @@ _ROW = 16  # pixels of a legend's line
 
 def palette(classes: int) -> np.ndarray:
     """A colour for each class, uint8 `[classes, 3]`: hues a golden section apart, in three lightnesses."""
-    found = [colorsys.hls_to_rgb(i * 0.61803399 % 1.0, (0.5, 0.35, 0.65)[i // 7 % 3], 0.9) for i in range(classes)]
+    found = [colorsys.hls_to_rgb(i * 0.61803399 % 1.0, (0.5, 0.35, 0.7)[i % 3], 0.9) for i in range(classes)]
     return np.rint(255 * np.array(found).reshape(-1, 3)).astype(np.uint8)
 
 
