@@ -39,8 +39,9 @@ class Segmenter(Method):
 
     `blocks` are the four depths of the pyramid (None: `quarters`), `channels` the heads' width (None: the encoder's),
     `norm` is batch (over all ranks) or group, `dropout` the share of feature maps dropped before a classifier,
-    `auxiliary` the weight of a second head's loss on the third depth (0: no such head). Intermediate outputs enter without the encoder's last
-    norm, which is left out. `seed` keys what is dropped. Raises ValueError for what does not fit together.
+    `auxiliary` the weight of a second head's loss on the third depth (0: no such head). Intermediate outputs enter
+    without the encoder's last norm, which is left out. `seed` keys what is dropped. Raises ValueError for what does not
+    fit together.
     """
 
     def __init__(

@@ -491,5 +491,5 @@ def test_a_stored_configuration_is_read_whatever_is_the_default_of_what_it_does_
     values = load_config("demo").to_dict()
     values["method"]["segmenter"]["auxiliary"] = 0.123
     assert Config.stored(values).method.segmenter.auxiliary == 0.123
-    with pytest.raises(ValueError, match="method.segmenter.auxiliary belongs to method.kind=segment"):
+    with pytest.raises(ValueError, match=r"method\.segmenter\.auxiliary belongs to method.kind=segment"):
         Config.model_validate(values)
