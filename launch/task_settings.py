@@ -22,7 +22,7 @@ class SegmenterSection(Section):
     classes: Count | None = None  # those of the data
     blocks: list[Annotated[int, Field(ge=0)]] | None = None  # four, for the pyramid; None: the last of each quarter
     channels: Count | None = None  # of the head; None: the encoder's width
-    norm: Literal["batch", "group"] = "batch"  # over a micro-batch of all ranks (published), or each image by itself
+    norm: Literal["group", "batch"] = "group"  # each image by itself, or over a micro-batch of all ranks (published)
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1  # of maps before a classifier
     auxiliary: Annotated[float, Field(ge=0)] = 0.4  # weight of the auxiliary head's loss; 0: no such head
     auxiliary_channels: Count = 256
