@@ -7,14 +7,14 @@ not (`kernels`, `engine`, `loader`, `checkpoint`, `monitor`, `probe`, `run`).
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, ValidationInfo, model_validator
 
 from .config_messages import explain
 from .consistency import contradiction
@@ -32,6 +32,8 @@ MAY_MOVE = (
     "data.path", "data.val_path", "data.source", "data.on_error", "data.max_corrupt", "data.annotations", "data.images",
     "data.val_annotations", "data.val_images",
 )  # fmt: skip
+
+_STORED = {"stored": True}
 
 SHORT_NAMES = {"optim.blr": "optim.base_lr"}  # as the released MAE and AdPE call it
 
@@ -281,11 +283,19 @@ class Config(Section):
     run: Run = Run()
 
     @model_validator(mode="after")
-    def _fits_together(self) -> Config:
-        complaint = contradiction(self)
+    def _fits_together(self, info: ValidationInfo) -> Config:
+        complaint = None if info.context == _STORED else contradiction(self)
         if complaint:
             raise ValueError(complaint)
         return self
+
+    @classmethod
+    def stored(cls, values: Mapping[str, Any]) -> Config:
+        """The configuration that a run wrote down whole; raises ValidationError for settings that are not known.
+
+        It trained, so its settings fit together; what it does not use may have had another default then.
+        """
+        return cls.model_validate(values, context=_STORED)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionaries, lists and numbers, with the names that YAML uses."""
@@ -315,16 +325,22 @@ def load_config(recipe: str, overrides: Sequence[str] | Mapping[str, Any] = ()) 
 
     Raises UserError for an unknown recipe, key or value.
     """
-    config = overridden(_read(recipe, None, ()), overrides, f"of {recipe}")
+    config = overridden(_read(recipe, None, ()), overrides, f"of {recipe}", Config.model_validate)
     if config.run.dir is None:
         config.run.dir = str(Path("runs") / (recipe if recipe in recipe_names() else Path(recipe).stem))
     return config
 
 
 def overridden(
-    values: Mapping[str, Any], overrides: Sequence[str] | Mapping[str, Any], whose: str = "of the checkpoint"
+    values: Mapping[str, Any],
+    overrides: Sequence[str] | Mapping[str, Any],
+    whose: str = "of the checkpoint",
+    validate: Callable[[Mapping[str, Any]], Config] = Config.stored,
 ) -> Config:
-    """The configuration of nested `values` with `key=value` overrides; UserError for an unknown key or value."""
+    """The configuration of nested `values`, by default stored ones, with `key=value` overrides.
+
+    Raises UserError for an unknown key or value.
+    """
     merged, what = OmegaConf.create(dict(values)), f"The overrides {whose}"
     try:
         if isinstance(overrides, Mapping):
@@ -344,7 +360,7 @@ def overridden(
         raise UserError(f"{what} cannot be read: {_first_line(error)}.") from error
     assert isinstance(found, dict)
     try:
-        return Config.model_validate(found)
+        return validate(found)
     except ValidationError as error:
         raise UserError(explain(error, list(setting_names()))) from error
 

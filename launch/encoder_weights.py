@@ -119,7 +119,7 @@ def _saved_weights(saved: Saved, which: str) -> EncoderWeights:
     state = _part(dict(files.items(lambda name: name.startswith(f"method.{prefix}"))), f"method.{prefix}")
     pooled = dict(files.items(lambda name: name.startswith("method.fc_norm.")))
     state |= {name.removeprefix("method."): tensor for name, tensor in pooled.items()}
-    return EncoderWeights(state, f"the {what} of {saved.path}", Config.model_validate(saved.about["config"]))
+    return EncoderWeights(state, f"the {what} of {saved.path}", Config.stored(saved.about["config"]))
 
 
 def _foreign_weights(path: Path, which: str, name: str | None = None) -> EncoderWeights:
@@ -163,7 +163,7 @@ def _consolidated_weights(path: Path, which: str) -> EncoderWeights | None:
             state = _part({name: file.get_tensor(name) for name in names if name.startswith(prefix)}, prefix)
             if part == "all":
                 state |= {name: file.get_tensor(name) for name in names if name.startswith("fc_norm.")}
-        known = Config.model_validate(json.loads(config)) if config else None
+        known = Config.stored(json.loads(config)) if config else None
     except (OSError, SafetensorError, ValueError) as error:  # a ValidationError of pydantic is a ValueError
         raise UserError(f"{path} cannot be read as weights: {str(error).splitlines()[0]}") from error
     return EncoderWeights(state, f"the {what} of {path}", known)

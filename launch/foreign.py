@@ -89,7 +89,7 @@ def _own_description(tensors: Mapping[str, Any], path: Path) -> Config | None:
     if not isinstance(own, Mapping) or "config" not in own:
         return None
     try:
-        return Config.model_validate(json.loads(own["config"]))
+        return Config.stored(json.loads(own["config"]))
     except (TypeError, ValueError) as error:  # a ValidationError of pydantic is a ValueError
         raise UserError(f"{path} cannot be read as weights: {str(error).splitlines()[0]}") from error
 

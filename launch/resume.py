@@ -72,7 +72,7 @@ def _layout(parts: Parts) -> int | list[int] | None:
 def check_same(config: Config, parts: Parts, saved: Saved, allow_change: bool) -> list[str]:
     """Notes on what differs without harm; UserError where a setting that changes the result is another than before."""
     # Through today's schema, so that a setting that is newer than the run counts as its default.
-    before = Config.model_validate(saved.about["config"])
+    before = Config.stored(saved.about["config"])
     changed = differences(result_settings(before), result_settings(config))
     if len(parts.train) != saved.about["samples"]:
         changed.append(f"images to train: {saved.about['samples']} -> {len(parts.train)}")

@@ -484,3 +484,12 @@ def test_messages_name_settings_that_exist():
                     found = pattern.findall(node.value)
                     wrong += [f"{path.name}:{node.lineno} {name}" for name in found if name not in known]
     assert wrong == []
+
+
+def test_a_stored_configuration_is_read_whatever_is_the_default_of_what_it_does_not_use():
+    """Or a checkpoint could not be read once another method's default has changed."""
+    values = load_config("demo").to_dict()
+    values["method"]["segmenter"]["auxiliary"] = 0.123
+    assert Config.stored(values).method.segmenter.auxiliary == 0.123
+    with pytest.raises(ValueError, match=r"method\.segmenter\.auxiliary belongs to method.kind=segment"):
+        Config.model_validate(values)

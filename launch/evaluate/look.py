@@ -243,7 +243,7 @@ def _reconstruction(checkpoint: Path, names: list[str], what: str) -> Tensor:
     if saved is None:
         raise UserError(f"{checkpoint} holds {what} alone, without a decoder: give a run of MAE or MAE+, or leave "
                         "reconstruction out of --what.")  # fmt: skip
-    config = Config.model_validate(saved.about["config"])
+    config = Config.stored(saved.about["config"])
     method = build_method(config)
     if not isinstance(method, Mae):
         raise UserError(f"{checkpoint} is a run of {config.method.kind}, which makes no pixels: leave reconstruction "

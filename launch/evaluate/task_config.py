@@ -51,7 +51,7 @@ def _described(config: Config) -> Config | None:
     except UserError as error:
         known = Path(str(config.run.dir)) / "config.yaml"
         if known.is_file() and not path.exists():  # a run that goes on needs them no more
-            before = Config.model_validate(yaml.safe_load(known.read_text(encoding="utf-8")))
+            before = Config.stored(yaml.safe_load(known.read_text(encoding="utf-8")))
             if before.init.from_ == config.init.from_:
                 return before
         raise UserError(f"init.from: {error}") from error
