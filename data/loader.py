@@ -6,6 +6,7 @@ to a last optimiser step without a pause where one epoch ends and the next begin
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -203,6 +204,9 @@ def dead_worker(error: Exception) -> DataError | None:
     # The same kinds of error raised in a worker come here with another text: Caught … in DataLoader worker process.
     if not text.startswith("DataLoader worker") and (not isinstance(error, _CUT_OFF) or text.startswith("Caught ")):
         return None
+    with contextlib.suppress(ValueError):  # not the main thread
+        # torch raises in this handler for every worker that died, wherever the run is on its way out by now.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     return DataError(
         f"A loader worker died ({text}); often memory or /dev/shm is used up: lower loader.workers or "
         "loader.micro_batch."
