@@ -45,7 +45,8 @@ def read_pickle(path: Path) -> dict[str, Any]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
         raise UserError(
-            f"{path} cannot be read as weights: {(str(error) or type(error).__name__).splitlines()[0]}"
+            f"{path} cannot be read as weights ({(str(error) or 'it is empty or cut off').splitlines()[0]}); give a "
+            "checkpoint's file, whole."
         ) from error
     return content if isinstance(content, dict) else {}
 

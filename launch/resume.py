@@ -73,6 +73,11 @@ def check_same(config: Config, parts: Parts, saved: Saved, allow_change: bool) -
     """Notes on what differs without harm; UserError where a setting that changes the result is another than before."""
     # Through today's schema, so that a setting that is newer than the run counts as its default.
     before = Config.stored(saved.about["config"])
+    if before.method.kind != config.method.kind:
+        raise UserError(
+            f"The run in {config.run.dir} is of method.kind={before.method.kind}, and this recipe of "
+            f"{config.method.kind}: choose another run.dir."
+        )
     changed = differences(result_settings(before), result_settings(config))
     if len(parts.train) != saved.about["samples"]:
         changed.append(f"images to train: {saved.about['samples']} -> {len(parts.train)}")

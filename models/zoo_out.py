@@ -26,6 +26,9 @@ def refusal(encoder: Encoder, target: str) -> str | None:
     """Why an encoder cannot go to `target`, a sentence; None if it can."""
     project, relative = _PROJECT[target], encoder.relative
     if relative is not None and target != "mae":
+        nowhere = _relative_refusal(relative, pooled(encoder))
+        if nowhere is not None:
+            return f"{nowhere}, and {project} has no relative positions at all; it stays with this package"
         return (
             f"has relative positions on {relative.terms}, which {project} does not have; --to mae writes them under "
             "the released AdPE's names"

@@ -11,7 +11,7 @@ import torch
 import yaml
 from PIL import Image
 
-from elsewhere.launch.cli import main
+from elsewhere.launch.cli import _parser, main
 from elsewhere.launch.config import Config, load_config, recipe_names
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,6 +70,24 @@ def folder(tmp_path):
 
 def records(tmp_path):
     return [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
+def _commands(parser, name=()):
+    """Every command and its parts, by the words that call it."""
+    yield name
+    for action in parser._actions:
+        for word, part in (action.choices or {}).items() if isinstance(action.choices, dict) else ():
+            yield from _commands(part, (*name, word))
+
+
+def test_every_command_can_be_asked_for_help(capsys):
+    """A percent sign in a text is argparse's, unless it is doubled."""
+    commands = list(_commands(_parser()))
+    assert ("bench", "step") in commands and ("reproduce",) in commands
+    for words in commands:
+        with pytest.raises(SystemExit) as ended:
+            main([*words, "--help"])
+        assert ended.value.code == 0 and "%%" not in capsys.readouterr().out, words
 
 
 def test_configs_lists_every_recipe_with_a_line(capsys):

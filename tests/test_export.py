@@ -293,13 +293,23 @@ def test_what_a_project_cannot_express_is_refused(what, target, text, weights, t
     assert text in said and said.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("target", "taken"), [("timm", "out"), ("mae", "encoder.pth"), ("mae", "README.md")])
+@pytest.mark.parametrize(
+    ("target", "taken"), [("timm", "out"), ("mae", "encoder.pth"), ("mae", "encoder.pth.README.md")]
+)
 def test_nothing_is_overwritten(target, taken, weights, tmp_path, capsys):
     _, path = weights({"kind": "mae"})
     (tmp_path / taken).write_text("mine")
     assert export(path, target, tmp_path / ("out" if target == "timm" else "encoder.pth")) == 2
     assert "exists already and is not overwritten" in capsys.readouterr().err
     assert (tmp_path / taken).read_text() == "mine"
+
+
+def test_a_file_beside_a_readme_gets_a_card_by_its_name(weights, tmp_path, capsys):
+    _, path = weights({"kind": "mae"})
+    (tmp_path / "README.md").write_text("mine")
+    assert export(path, "mae", tmp_path / "encoder.pth") == 0
+    assert "model card in encoder.pth.README.md" in capsys.readouterr().out
+    assert (tmp_path / "README.md").read_text() == "mine" and (tmp_path / "encoder.pth.README.md").exists()
 
 
 def test_an_export_that_fails_leaves_nothing_behind(weights, tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import elsewhere
 from elsewhere.data.images import TorchDataset
@@ -164,6 +165,35 @@ def test_a_sweep_trains_each_value_once_and_names_the_best(settings, capsys):
     assert main(given) == 0 and Path(folder, "optim.blr=1e-2", "metrics.jsonl").read_text() == rows
 
 
+def folder_of_classes(parent: Path) -> Path:
+    for name in ("dark", "light"):
+        folder = parent / "images" / name
+        folder.mkdir(parents=True)
+        for i in range(4):
+            Image.fromarray(np.full((8, 8), 60 * i, dtype=np.uint8)).save(folder / f"{i}.png")
+    return parent / "images"
+
+
+def test_a_sweep_without_held_out_images_names_no_best(settings, tmp_path, capsys):
+    given = {**settings, "data.path": str(folder_of_classes(tmp_path)), "optim.steps": 1, "optim.batch_size": 4,
+             "data.holdout": 0.0}  # fmt: skip
+    assert main(["finetune", "finetune", *command_line(given), "--sweep", "optim.blr=1e-5,1e-2"]) == 0
+    assert "Nothing was measured" in capsys.readouterr().out
+    assert json.loads(Path(settings["run.dir"], "sweep.json").read_text())["best"] is None
+
+
+def test_a_place_to_measure_on_has_labels(settings, tmp_path):
+    images = folder_of_classes(tmp_path)
+    places = {"data.path": str(images), "data.val_path": str(images / "dark"), "optim.batch_size": 4}
+    with pytest.raises(UserError, match="has no labels: give a folder of classes"):
+        finetune("finetune", **{**settings, **places})
+
+
+def test_a_run_of_another_kind_is_not_continued(settings, pretrained):
+    with pytest.raises(UserError, match=r"is of method\.kind=jepa, and this recipe of classify: choose another run"):
+        finetune("finetune", **{**settings, "run.dir": str(pretrained)})
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -175,6 +205,10 @@ def test_a_sweep_trains_each_value_once_and_names_the_best(settings, capsys):
         ({"model.relative.terms": "k"}, "relative"),
         ({"optim.batch_size": 95}, "a micro-batch of 95 is odd"),
         ({"data.views": 2}, "data.views"),
+        (
+            {"data.rand_augment": "rand-m9-mstd0.5-inc1"},
+            "needs RGB images, and model.channels=1: set data.rand_augment",
+        ),
     ],
 )
 def test_bad_settings_are_one_sentence(settings, change, message, capsys):

@@ -64,8 +64,17 @@ class Finetuning:
             raise UserError("FFCV's loader cannot fine-tune; set data.source=auto, which reads the file by index.")
         if config.data.views != 1:
             raise UserError(f"data.views={config.data.views}: fine-tuning takes one crop of an image; leave it out.")
+        if config.data.rand_augment and config.model.channels != 3:
+            raise UserError(
+                f"data.rand_augment needs RGB images, and model.channels={config.model.channels}: set "
+                "data.rand_augment=null."
+            )
         section = config.method.classifier
         classes = classes_of(train, val, section.classes)
+        if val is None and config.data.val_path:
+            raise DataError(
+                f"data.val_path={config.data.val_path} has no labels: give a folder of classes, as data.path."
+            )
         known = config.model_copy(deep=True)
         known.method.classifier.classes = classes
         method = build_method(known)

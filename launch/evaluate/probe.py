@@ -157,14 +157,20 @@ def _counts(text: str) -> list[int]:
 
 
 def _positive(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError("must be more than 0")
     return value
 
 
 def _numbers(text: str) -> list[float]:
-    found = [float(item) for item in _listed(text)]
+    try:
+        found = [float(item) for item in _listed(text)]
+    except ValueError:
+        found = []
     if not found or any(not 0 <= value < float("inf") for value in found):
         raise argparse.ArgumentTypeError("must be numbers, 0 or more")
     return found

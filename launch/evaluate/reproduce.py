@@ -17,6 +17,8 @@ from .published import PROTOCOLS, PUBLISHED, Published
 if TYPE_CHECKING:
     from ..config import Config
 
+_IMAGENET_VAL = 50_000
+
 
 def add_reproduce_command(commands: Any) -> None:
     text = "Measure a published checkpoint by its published protocol, and set the published figure beside ours."
@@ -30,7 +32,9 @@ def add_reproduce_command(commands: Any) -> None:
     command.add_argument(
         "--imagenet", required=True, metavar="DIR", help="ImageNet: a folder with train/ and val/, shards, …"
     )
-    command.add_argument("--only", metavar="A,B", help=f"of {', '.join(PROTOCOLS)} (default: what was published)")
+    command.add_argument(
+        "--only", metavar="A,B", help=f"of {', '.join(PROTOCOLS)} (default: what was published)".replace("%", "%%")
+    )
     command.add_argument(
         "--list", type=Path, metavar="FILE", help="the images of 1 %%, a name a line (default: three draws of 1 %%)"
     )
@@ -181,6 +185,9 @@ def _report(arguments: argparse.Namespace, published: Published, rows: Sequence[
         print("1%: drawn at random; the published figure is of one list of images, which --list FILE takes.")
     if arguments.cached and any(row["measured"].startswith("linear") for row in rows):
         print("linear: on one centre crop of each image (--cached); published with random crops and flips.")
+    measured = min(row["images"] for row in rows)
+    if measured != _IMAGENET_VAL:
+        print(f"measured on {measured:,} images and not on ImageNet's {_IMAGENET_VAL:,}: the figures do not compare.")
     path, aside = folder / "reproduce.json", folder / "reproduce.json.part"
     found = [{**row, "published": published.figures.get(row["measured"])} for row in rows]
     about = {

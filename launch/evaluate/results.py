@@ -13,20 +13,27 @@ KEY = "evaluations"
 _SAME = ("probe", "protocol", "encoder", "data", "val_data", "train_images", "val_images", "image_size", "seed")
 
 
+def read(folder: Path) -> dict[str, Any]:
+    """What `folder/results.json` holds, nothing where it is not there; UserError where it is no such file."""
+    path = folder / "results.json"
+    if not path.exists():
+        return {}
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error}): move it, or choose -o FOLDER.") from error
+    if not isinstance(known, dict) or not isinstance(known.get(KEY, []), list):
+        raise UserError(f"{path} holds something else than results: move it, or choose -o FOLDER.")
+    return known
+
+
 def merge(folder: Path, entries: list[dict[str, Any]]) -> Path:
     """Add entries to `folder/results.json`, where one takes the place of its like: same probe, encoder, data, protocol.
 
     What else the file holds stays. Raises UserError where it is no such file.
     """
     path = folder / "results.json"
-    known: Any = {}
-    if path.exists():
-        try:
-            known = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} cannot be read as JSON ({error}): move it, or choose -o FOLDER.") from error
-        if not isinstance(known, dict) or not isinstance(known.get(KEY, []), list):
-            raise UserError(f"{path} holds something else than results: move it, or choose -o FOLDER.")
+    known = read(folder)
 
     def identity(entry: dict[str, Any]) -> str:
         return json.dumps({key: entry.get(key) for key in _SAME}, sort_keys=True)

@@ -33,6 +33,7 @@ from ..world import World, join
 from .features import Reading, all_tokens, extract, pooled_layers
 from .low_shot import read_list
 from .precision import choose_compute
+from .results import read
 from .store import Cache, Features, Store, listing_checksum, weights_checksum
 
 T = TypeVar("T")
@@ -395,3 +396,4 @@ def _writable(folder: Path) -> None:
         raise UserError(f"{folder} cannot be made ({error.strerror}): choose another with -o FOLDER.") from error
     if not os.access(folder, os.W_OK):
         raise UserError(f"{folder} cannot be written: choose another with -o FOLDER.")
+    read(folder)  # now, and not after hours of features

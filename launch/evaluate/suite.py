@@ -17,7 +17,7 @@ def add_evaluate_command(commands: Any) -> None:
     """Add `evaluate` to `commands`, what `add_subparsers` returned."""
     text = "Run a suite of probes on one checkpoint; features are extracted once for all of them."
     more = (
-        "quick: k-NN, low-shot (1 %% and 1, 2 and 5 images per class), and linear on the last layer. full: also linear "
+        "quick: k-NN, low-shot (1 % and 1, 2 and 5 images per class), and linear on the last layer. full: also linear "
         "on the last four layers, and attentive."
     )
     command = commands.add_parser("evaluate", help=text, description=f"{text} {more}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +23,8 @@ def sweep(given: str, configure: Callable[..., Config], flags: dict[str, Any]) -
     """Fine-tune for every value of `key=a,b,c`, each in a folder of its own below the run's, and compare.
 
     Values that are finished are not trained again, one that diverges counts as such; `sweep.json` in the run's folder
-    has all figures. The result is the best one's. Raises UserError for what is no sweep.
+    has all figures. The result is the best one's, or the first's where nothing is measured. Raises UserError for what
+    is no sweep.
     """
     key, _, values = given.partition("=")
     values = [value for value in values.split(",") if value]
@@ -51,10 +51,11 @@ def sweep(given: str, configure: Callable[..., Config], flags: dict[str, Any]) -
             results[value], found[value] = result, result.after or {}
         if not results:
             raise UserError(f"Every value of {key} diverged; try smaller ones.")
-        best = max(results, key=lambda value: found[value].get("top1", -math.inf))
+        measured = [value for value in results if "top1" in found[value]]
+        best = max(measured, key=lambda value: found[value]["top1"]) if measured else None
         if world.first:
             _report(console, folder, key, found, best)
-        return results[best]
+        return results[best or next(iter(results))]
     except BaseException as error:
         world.guard.failed(error)
         raise
@@ -62,7 +63,7 @@ def sweep(given: str, configure: Callable[..., Config], flags: dict[str, Any]) -
         world.close()
 
 
-def _report(console: Console, folder: Path, key: str, found: dict[str, dict[str, Any]], best: str) -> None:
+def _report(console: Console, folder: Path, key: str, found: dict[str, dict[str, Any]], best: str | None) -> None:
     say(console, f"{key:16} top-1 %   95 % interval")
     for value, figures in found.items():
         if "top1" in figures:
@@ -74,6 +75,8 @@ def _report(console: Console, folder: Path, key: str, found: dict[str, dict[str,
     aside = folder / "sweep.json.part"
     aside.write_text(json.dumps({"key": key, "best": best, "runs": found}, indent=1), encoding="utf-8")
     os.replace(aside, folder / "sweep.json")
-    say(
-        console, f"The best is {key}={best}, in {folder / f'{key}={best}'}; all figures are in {folder / 'sweep.json'}."
-    )
+    all_in = f"all figures are in {folder / 'sweep.json'}."
+    if best is None:
+        say(console, f"Nothing was measured, for no labelled images are held out; {all_in}")
+    else:
+        say(console, f"The best is {key}={best}, in {folder / f'{key}={best}'}; {all_in}")

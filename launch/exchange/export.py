@@ -87,6 +87,8 @@ def export(
     if problem is not None:
         raise UserError(f"{checkpoint} {problem}.")
     name = output.name if as_file else _FILES.get(target, "model.safetensors")
+    # A folder may have a README of its own, beside which a file gets a card by its name.
+    card_name = f"{output.name}.README.md" if as_file and (output.parent / "README.md").exists() else "README.md"
     card = model_card(weights, encoder, config, target, checkpoint, name)
     aside = output.with_name(f".{output.name}.part")
     try:
@@ -95,10 +97,10 @@ def export(
         raise UserError(f"{aside} could not be made ({error.strerror}); choose another place.") from error
     try:
         _WRITERS.get(target, _write_file)(aside, name, encoder, weights, config, target, Path(str(checkpoint)), which)
-        (aside / "README.md").write_text(card, encoding="utf-8")
+        (aside / card_name).write_text(card, encoding="utf-8")
         _check_free(output, as_file, aside_is_ours=True)
         if as_file:
-            for written in (name, "README.md"):
+            for written in (name, card_name):
                 (aside / written).rename(output.parent / written)
         else:
             aside.rename(output)
@@ -107,12 +109,12 @@ def export(
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     size = sum(file.stat().st_size for file in ([output] if as_file else output.iterdir()))
-    return f"{output}: {weights.what}, for {target}, {size:,} bytes, with its model card in README.md."
+    return f"{output}: {weights.what}, for {target}, {size:,} bytes, with its model card in {card_name}."
 
 
 def _check_free(output: Path, as_file: bool, aside_is_ours: bool = False) -> None:
     """Raises UserError if something stands where it is to be written, or there is no such folder."""
-    taken = [output, *([output.parent / "README.md"] if as_file else [])]
+    taken = [output, *([output.with_name(f"{output.name}.README.md")] if as_file else [])]
     taken += [] if aside_is_ours else [output.with_name(f".{output.name}.part")]
     for path in taken:
         if os.path.lexists(path):
