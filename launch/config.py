@@ -360,7 +360,7 @@ def overridden(
         raise UserError(f"{what} cannot be read: {_first_line(error)}.") from error
     assert isinstance(found, dict)
     try:
-        return validate(found)
+        return validate(found)  # pyright: ignore[reportArgumentType]
     except ValidationError as error:
         raise UserError(explain(error, list(setting_names()))) from error
 

@@ -88,6 +88,7 @@ def test_a_run_measures_boxes_and_masks_at_its_end(settings):
     assert set(after["categories"]) == {"disc", "square", "triangle"}
 
 
+@pytest.mark.long
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(settings, tmp_path, losses, monkeypatch):
     settings |= {"model.drop_path": 0.3, "method.detector.regions": 12, "method.detector.anchors": 12}
     whole = detect("detect", **{**settings, "run.dir": str(tmp_path / "whole")})
@@ -106,6 +107,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(settings, tmp_path, loss
     assert losses(resumed.run) == losses(whole.run) and resumed.after == whole.after
 
 
+@pytest.mark.long
 def test_it_is_measured_and_drawn_alone_on_the_command_line(settings, tmp_path, capsys):
     settings |= {"method.detector.head": "cascade", "method.detector.masks": False, "optim.steps": 2}
     assert main(["detect", "detect", *command_line(settings)]) == 0

@@ -133,7 +133,7 @@ def test_a_choice_is_a_constant_of_a_compiled_function():
     assert torch.compile(scaled, fullgraph=True, backend="eager")(torch.ones(1)).item() == 3
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_noise_is_drawn_without_the_package():
     """In a process of its own, since packages that were imported before may have asked for it."""
     script = (

@@ -451,7 +451,7 @@ def test_grey_and_16_bits_become_rgb_and_other_channels_are_refused(tmp_path):
         write_beton(Listed([np.zeros((4, 4, 5), np.uint8)], [0], channels=5), tmp_path / "y.beton")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_processes_change_nothing_and_unreadable_images_are_listed(folder, tmp_path):
     root = tmp_path / "images"
     shutil.copytree(folder, root)

@@ -97,6 +97,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(settings, tmp_path, loss
     assert losses(resumed.run) == losses(whole.run) and resumed.after == whole.after
 
 
+@pytest.mark.long
 def test_other_drawn_paths_and_mixing_are_part_of_the_loss(settings, tmp_path, losses):
     """Or the test of resuming would hold for runs without them."""
     settings = {**settings, "optim.steps": 2}

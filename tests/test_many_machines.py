@@ -227,6 +227,7 @@ def test_a_port_in_use_is_named(tmp_path):
     assert status == 2 and len(text) == 1 and f"Port {port} of {socket.gethostname()} is in use" in text[0]
 
 
+@pytest.mark.long
 def test_a_first_machine_that_does_not_answer_is_named(tmp_path):
     with socket.create_server(("", 0)) as server:
         port = server.getsockname()[1]
@@ -235,6 +236,7 @@ def test_a_first_machine_that_does_not_answer_is_named(tmp_path):
     assert seconds < 60
 
 
+@pytest.mark.long
 def test_a_rank_that_never_comes_is_named(tmp_path):
     with socket.create_server(("", 0)) as server:
         port = server.getsockname()[1]

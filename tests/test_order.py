@@ -67,6 +67,7 @@ class Numbers:
         return str(i)
 
 
+@pytest.mark.long
 @settings(max_examples=8, deadline=None)
 @given(interrupted_runs(), st.lists(st.integers(0, 4), min_size=4, max_size=4))
 def test_batches_are_the_same_whatever_workers_ranks_and_interruptions(run, workers):
