@@ -26,6 +26,8 @@ class SegmenterSection(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1  # of maps before a classifier
     auxiliary: Annotated[float, Field(ge=0)] = 0.4  # weight of the auxiliary head's loss; 0: no such head
     auxiliary_channels: Count = 256
+    window: Annotated[int, Field(ge=0)] = 0  # patches; 0: all blocks attend globally, as published
+    global_blocks: Count = 4  # that attend globally where others do in windows, evenly spread
 
 
 class DetectorSection(Section):

@@ -14,6 +14,7 @@ from .drop_path import BLOCK, draw_paths
 from .method import IMAGENET_MEAN, IMAGENET_STD, Method
 from .upernet import Pyramid, UperHead, convolution, resized
 from .vit import Encoder, encoder_flops
+from .windows import attend_in_windows
 
 IGNORED = 255  # the label of pixels that count nowhere
 _DROPOUT = BLOCK + 1  # the block number of the heads' draws, after that of drop path
@@ -40,8 +41,9 @@ class Segmenter(Method):
     `blocks` are the four depths of the pyramid (None: `quarters`), `channels` the heads' width (None: the encoder's),
     `norm` is batch (over all ranks) or group, `dropout` the share of feature maps dropped before a classifier,
     `auxiliary` the weight of a second head's loss on the third depth (0: no such head). Intermediate outputs enter
-    without the encoder's last norm, which is left out. `seed` keys what is dropped. Raises ValueError for what does not
-    fit together.
+    without the encoder's last norm, which is left out. All blocks but `global_blocks` evenly spread ones attend in
+    windows of `window` patches (0: none does). `seed` keys what is dropped. Raises ValueError for what does not fit
+    together.
     """
 
     def __init__(
@@ -54,6 +56,8 @@ class Segmenter(Method):
         dropout: float = 0.1,
         auxiliary: float = 0.4,
         auxiliary_channels: int = 256,
+        window: int = 0,
+        global_blocks: int = 4,
         seed: int = 0,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
@@ -70,6 +74,12 @@ class Segmenter(Method):
                 f"method.segmenter.blocks={self.depths}: name four of the blocks 0 … {depth - 1}, ascending."
             )
         self.classes, self.dropout, self.auxiliary, self.seed = classes, dropout, auxiliary, seed
+        if window and encoder.num_prefix_tokens:
+            raise ValueError(
+                f"method.segmenter.window={window} has no place for a class token: set model.class_token=false, or "
+                "window=0."
+            )
+        attend_in_windows(encoder.blocks, window, global_blocks)
         encoder.norm = nn.Identity()
         for block in encoder.blocks[self.depths[3] + 1 :]:  # they come to nothing
             block.requires_grad_(False)

@@ -164,6 +164,30 @@ def test_relative_positions_work_on_32_by_32_patches(lookup):
     assert after.shape == (1, 3, 512, 512) and not torch.allclose(before, after)
 
 
+@pytest.mark.parametrize("relative", [None, Relative(), Relative(lookup="interpolated")])
+def test_a_window_as_large_as_the_grid_is_global_attention(relative):
+    """And a smaller one is not; absolute and relative positions alike."""
+    images = batch().images
+    spec = {"relative": relative, "class_token": False}
+    plain, whole, small = (Segmenter(encoder(**spec), 5, window=window, global_blocks=1) for window in (0, 8, 3))
+    torch.nn.init.normal_(plain.classifier.weight)
+    for block in plain.encoder.blocks:  # at first, attention is even and adds little
+        torch.nn.init.normal_(block.attn.qkv.weight, std=0.5)
+        torch.nn.init.normal_(block.attn.proj.weight, std=0.5)
+        if relative is not None:
+            torch.nn.init.normal_(block.attn.relative_k.table)
+    for other in (whole, small):
+        other.load_state_dict(plain.state_dict())
+    expected = plain.eval().logits(images)[0]
+    torch.testing.assert_close(whole.eval().logits(images)[0], expected, rtol=0, atol=1e-4)
+    assert not torch.allclose(small.eval().logits(images)[0], expected, atol=1e-2)
+
+
+def test_windows_have_no_place_for_a_class_token():
+    with pytest.raises(ValueError, match=r"set model\.class_token=false"):
+        Segmenter(encoder(), 5, window=4)
+
+
 def test_an_image_that_is_not_square_keeps_its_sides():
     ours = Encoder((32, 48), 4, 3, TINY, positions="learned")
     assert Segmenter(ours, 5).predict(torch.zeros(1, 3, 32, 48, dtype=torch.uint8)).shape == (1, 5, 32, 48)
