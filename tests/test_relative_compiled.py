@@ -55,11 +55,12 @@ class Case:
         return f"{self.kernel}-{self.side}x{self.side}-{self.depth}-{self.attack}-{self.dtype}-sm_{self.capability}"
 
 
+# Bounds that hold with triton 3.8 and 3.9.
 CASES = [
     Case("forward_kernel", 7, 64, "none", 80, 168, 0, cheap=True),
     Case("forward_kernel", 7, 64, "none", 90, 88, 0, cheap=True),
     Case("forward_kernel", 8, 80, "none", 80, 255, 0),
-    Case("forward_kernel", 8, 80, "none", 90, 120, 0),
+    Case("forward_kernel", 8, 80, "none", 90, 152, 0),
     Case("forward_kernel", 7, 64, "tables", 80, 232, 0),
     Case("forward_kernel", 7, 64, "tables", 90, 224, 0),
     Case("forward_kernel", 8, 80, "tables", 80, 255, 310),
@@ -77,7 +78,7 @@ CASES = [
     Case("backward_kernel", 8, 80, "tables", 80, 255, 920),
     Case("backward_kernel", 8, 80, "tables", 90, 255, 490),
     Case("query_gradient_kernel", 14, 64, "keys", 80, 255, 570),
-    Case("query_gradient_kernel", 14, 64, "keys", 90, 248, 0),
+    Case("query_gradient_kernel", 14, 64, "keys", 90, 255, 0),
     Case("query_gradient_kernel", 16, 80, "keys", 80, 255, 130),
     Case("query_gradient_kernel", 16, 80, "keys", 90, 255, 90),
     Case("key_gradient_kernel", 14, 64, "keys", 80, 255, 300),
@@ -89,7 +90,7 @@ CASES = [
     Case("table_gradient_kernel", 8, 80, "tables", 80, 216, 0),
     Case("table_gradient_kernel", 8, 80, "tables", 90, 168, 0),
     Case("table_gradient_kernel", 16, 80, "keys", 80, 255, 10),
-    Case("table_gradient_kernel", 16, 80, "keys", 90, 136, 0),
+    Case("table_gradient_kernel", 16, 80, "keys", 90, 160, 0),
     # Float32 is there for comparisons: it spills, and is held to what it does.
     Case("forward_kernel", 8, 80, "none", 80, 255, 8000, dtype=torch.float32),
     Case("forward_kernel", 8, 80, "none", 90, 255, 600, dtype=torch.float32),
@@ -98,7 +99,7 @@ CASES = [
     Case("forward_kernel", 14, 64, "none", 80, 255, 600, dtype=torch.float32),
     Case("forward_kernel", 14, 64, "none", 90, 255, 300, dtype=torch.float32),
     Case("query_gradient_kernel", 14, 64, "none", 80, 255, 12300, dtype=torch.float32),
-    Case("query_gradient_kernel", 14, 64, "none", 90, 255, 900, dtype=torch.float32),
+    Case("query_gradient_kernel", 14, 64, "none", 90, 255, 1000, dtype=torch.float32),
     Case("key_gradient_kernel", 14, 64, "none", 80, 255, 14000, dtype=torch.float32),
     Case("key_gradient_kernel", 14, 64, "none", 90, 255, 400, dtype=torch.float32),
 ]
