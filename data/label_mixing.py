@@ -10,6 +10,7 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -42,6 +43,18 @@ def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
         np.random.set_state(numpy)
 
 
+@lru_cache(maxsize=4)
+def _policy(policy: str, size: int, fill: tuple[int, int, int], interpolation: str):
+    """timm's transform, which is the same for all images; raises what timm raises for a policy it does not know."""
+    if not policy.startswith("rand"):
+        raise ValueError(policy)
+    # As timm's own transforms: translations up to 45 % of the side.
+    hints = {"translate_const": int(size * 0.45), "img_mean": fill}
+    if interpolation == "bicubic":
+        hints["interpolation"] = Image.Resampling.BICUBIC
+    return rand_augment_transform(policy, hints)
+
+
 @dataclass(frozen=True, kw_only=True)
 class RandAugmented(Augment):
     """The training view of fine-tuning: `Augment`'s, then timm's RandAugment of `policy`, e.g. rand-m9-mstd0.5-inc1.
@@ -64,14 +77,8 @@ class RandAugmented(Augment):
             ) from error
 
     def _transform(self):
-        if not self.policy.startswith("rand"):
-            raise ValueError(self.policy)
         size = self.size if isinstance(self.size, int) else min(self.size)
-        # As timm's own transforms: translations up to 45 % of the side.
-        hints = {"translate_const": int(size * 0.45), "img_mean": self.fill}
-        if self.interpolation == "bicubic":
-            hints["interpolation"] = Image.Resampling.BICUBIC
-        return rand_augment_transform(self.policy, hints)
+        return _policy(self.policy, size, self.fill, self.interpolation)
 
     def numbers(self, seed: int, epochs: np.ndarray, sample_ids: np.ndarray) -> np.ndarray:
         """As `Augment`'s, `[B, V, 36]`: the last number of a view begins its RandAugment."""
@@ -123,12 +130,13 @@ class LabelMixing:
         self.mean = torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1)
         self.std = torch.tensor(std, dtype=torch.float32).view(-1, 1, 1)
 
-    def __call__(self, batch: Batch) -> Batch:
-        images, truth = batch.images, None
+    def __call__(self, batch: Batch, host: Batch | None = None) -> Batch:
+        """The batch on its device; `host` is the same on the host (default: it is there already)."""
+        images, truth, host = batch.images, None, host or batch
         if self.erase:
-            images = self._erased(batch)
+            images = self._erased(batch, host)
         if self._mix is not None:
-            with seeded(self._of_batch(batch)):
+            with seeded(self._of_batch(host)):
                 images, truth = self._mix(images.float(), batch.labels)
         elif self.smoothing:
             even = self.smoothing / self.classes
@@ -138,14 +146,14 @@ class LabelMixing:
 
     def _of_batch(self, batch: Batch) -> int:
         """A seed of a micro-batch: its first image and the step, and so no other's."""
-        return int(words(self.seed, "mixing", batch.step % 2**20, batch.sample_ids[:1].cpu().numpy(), 1)[0, 0])
+        return int(words(self.seed, "mixing", batch.step % 2**20, batch.sample_ids[:1].numpy(), 1)[0, 0])
 
-    def _erased(self, batch: Batch) -> Tensor:
+    def _erased(self, batch: Batch, host: Batch) -> Tensor:
         device = batch.images.device
         mean, std = self.mean.to(device), self.std.to(device)
         images = (batch.images.float() / 255 - mean) / std
         erase = RandomErasing(self.erase, mode="pixel", device=str(device))
-        seeds = words(self.seed, "erasing", batch.epochs.cpu().numpy(), batch.sample_ids.cpu().numpy(), 1)[:, 0]
+        seeds = words(self.seed, "erasing", host.epochs.numpy(), host.sample_ids.numpy(), 1)[:, 0]
         for image, seed in zip(images, seeds.tolist(), strict=True):
             with seeded(seed, device):
                 erase(image)

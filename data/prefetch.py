@@ -15,7 +15,8 @@ class OnDevice:
     """The batches of `loader` on `device`, with the looks that `augment` left for it (flip, jitter, grey, blur).
 
     On a GPU both happen on a stream of their own: while the GPU computes one batch, the next is copied from pinned
-    memory and finished. `after` is what else is to be done to a batch there. Raises what `loader` raises.
+    memory and finished. `after(batch, host)` is what else is to be done to a batch
+    there; `host` is the same on the host, whose numbers can be read without waiting. Raises what `loader` raises.
     """
 
     def __init__(
@@ -23,7 +24,7 @@ class OnDevice:
         loader: Iterable[Batch],
         augment: Augment,
         device: torch.device,
-        after: Callable[[Batch], Batch] | None = None,
+        after: Callable[[Batch, Batch], Batch] | None = None,
     ):
         self._loader, self._augment, self._device, self._after = loader, augment, device, after
 
@@ -44,4 +45,4 @@ class OnDevice:
         batch = host.to(self._device)
         if batch.look is not None:
             batch.images = finish(batch.images, batch.look, self._augment)
-        return batch if self._after is None else self._after(batch)
+        return batch if self._after is None else self._after(batch, host)

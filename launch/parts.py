@@ -57,7 +57,7 @@ class Parts:
     precision_reason: str
     gflops_per_image: float
     batches: Dataset[Batch] | None = None  # what makes the micro-batch of a request, where `train` alone does not
-    after: Callable[[Batch], Batch] | None = None  # what is left to be done to a batch on the device
+    after: Callable[[Batch, Batch], Batch] | None = None  # what is left to be done to a batch on the device
 
     def open(self, plan: Plan) -> Reader:
         """The reader of the images of `train` by a plan."""

@@ -176,15 +176,17 @@ def test_an_engine_ends_with_the_tensors_of_one_process(engine, recipe, losses, 
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("engine", [engine for engine in OTHERS if engine != "ddp"])
 def test_in_half_precision_an_engine_differs_as_ddp_does(engine, recipe, precision, losses):
-    """At most three times as much as two ranks of ddp differ from one process, or a tenth of a half-precision unit.
+    """At most three times as much as two ranks of ddp differ from one process, or as the loss is rounded.
 
-    Where ddp happens to round as one process does, others need not: seen with torch 2.14.1, AdPE, it differs by at most
-    1.2e-7 in float16, and they by up to 4.5e-5 (in bfloat16 2.2e-5 and 2.0e-4). What an engine gets wrong shows in
+    AdPE's is rounded more on its way: seen with torch 2.14.1, where ddp happens to round as one process does (1.2e-7 at
+    most in float16, 2.2e-5 in bfloat16), the others differ by up to 4.5e-5 and 2.0e-4. What an engine gets wrong shows in
     float32, above.
     """
     if (engine, precision) == ("zero 0", "float16"):
         pytest.skip("refused: DeepSpeed has no hook for our loss scaler at stage 0")
-    rounding = {"float16": 2.0**-10, "bfloat16": 2.0**-7}[precision] / 30
+    rounding = 1.2e-7  # float32 near 1
+    if recipe == "AdPE":
+        rounding = {"float16": 3e-5, "bfloat16": 1e-4}[precision]
     allowed = 3 * max(rounding, difference(losses, "ddp", recipe, precision))
     assert difference(losses, engine, recipe, precision) <= allowed
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 
 from elsewhere.kernels.relative_attention import relative_attention
 from elsewhere.kernels.relative_lookup import make_lookup
@@ -55,12 +56,11 @@ class Case:
         return f"{self.kernel}-{self.side}x{self.side}-{self.depth}-{self.attack}-{self.dtype}-sm_{self.capability}"
 
 
-# Bounds that hold with triton 3.8 and 3.9.
 CASES = [
     Case("forward_kernel", 7, 64, "none", 80, 168, 0, cheap=True),
     Case("forward_kernel", 7, 64, "none", 90, 88, 0, cheap=True),
     Case("forward_kernel", 8, 80, "none", 80, 255, 0),
-    Case("forward_kernel", 8, 80, "none", 90, 152, 0),
+    Case("forward_kernel", 8, 80, "none", 90, 120, 0),
     Case("forward_kernel", 7, 64, "tables", 80, 232, 0),
     Case("forward_kernel", 7, 64, "tables", 90, 224, 0),
     Case("forward_kernel", 8, 80, "tables", 80, 255, 310),
@@ -78,7 +78,7 @@ CASES = [
     Case("backward_kernel", 8, 80, "tables", 80, 255, 920),
     Case("backward_kernel", 8, 80, "tables", 90, 255, 490),
     Case("query_gradient_kernel", 14, 64, "keys", 80, 255, 570),
-    Case("query_gradient_kernel", 14, 64, "keys", 90, 255, 0),
+    Case("query_gradient_kernel", 14, 64, "keys", 90, 248, 0),
     Case("query_gradient_kernel", 16, 80, "keys", 80, 255, 130),
     Case("query_gradient_kernel", 16, 80, "keys", 90, 255, 90),
     Case("key_gradient_kernel", 14, 64, "keys", 80, 255, 300),
@@ -90,7 +90,7 @@ CASES = [
     Case("table_gradient_kernel", 8, 80, "tables", 80, 216, 0),
     Case("table_gradient_kernel", 8, 80, "tables", 90, 168, 0),
     Case("table_gradient_kernel", 16, 80, "keys", 80, 255, 10),
-    Case("table_gradient_kernel", 16, 80, "keys", 90, 160, 0),
+    Case("table_gradient_kernel", 16, 80, "keys", 90, 136, 0),
     # Float32 is there for comparisons: it spills, and is held to what it does.
     Case("forward_kernel", 8, 80, "none", 80, 255, 8000, dtype=torch.float32),
     Case("forward_kernel", 8, 80, "none", 90, 255, 600, dtype=torch.float32),
@@ -99,10 +99,25 @@ CASES = [
     Case("forward_kernel", 14, 64, "none", 80, 255, 600, dtype=torch.float32),
     Case("forward_kernel", 14, 64, "none", 90, 255, 300, dtype=torch.float32),
     Case("query_gradient_kernel", 14, 64, "none", 80, 255, 12300, dtype=torch.float32),
-    Case("query_gradient_kernel", 14, 64, "none", 90, 255, 1000, dtype=torch.float32),
+    Case("query_gradient_kernel", 14, 64, "none", 90, 255, 900, dtype=torch.float32),
     Case("key_gradient_kernel", 14, 64, "none", 80, 255, 14000, dtype=torch.float32),
     Case("key_gradient_kernel", 14, 64, "none", 90, 255, 400, dtype=torch.float32),
 ]
+
+# Where triton 3.8 takes more than 3.9: (registers, local).
+OF_3_8 = {
+    "forward_kernel-8x8-80-none-torch.bfloat16-sm_90": (152, 0),
+    "query_gradient_kernel-14x14-64-keys-torch.bfloat16-sm_90": (255, 0),
+    "table_gradient_kernel-16x16-80-keys-torch.bfloat16-sm_90": (160, 0),
+    "query_gradient_kernel-14x14-64-none-torch.float32-sm_90": (255, 1000),
+}
+
+
+def bounds(case: Case) -> tuple[int, int]:
+    """The most registers and local memory that the installed triton may take."""
+    if triton.__version__.startswith("3.8."):
+        return OF_3_8.get(str(case), (case.registers, case.local))
+    return case.registers, case.local
 
 
 class _Recorder:
@@ -182,12 +197,12 @@ def test_products_go_to_the_tensor_cores(machine_code, case):
 
 @parametrized
 def test_registers_are_bounded(machine_code, case):
-    assert machine_code(case).registers <= case.registers
+    assert machine_code(case).registers <= bounds(case)[0]
 
 
 @parametrized
 def test_local_memory_is_bounded(machine_code, case):
-    assert machine_code(case).local <= case.local
+    assert machine_code(case).local <= bounds(case)[1]
 
 
 @parametrized

@@ -26,6 +26,7 @@ from ..parts import Parts, open_sources, put_together
 from ..run import Result, run
 from ..world import World
 from .intervals import wilson
+from .scores import counts
 from .task_config import task_config
 
 _BATCH = 128  # validation images of a forward on one rank
@@ -132,7 +133,7 @@ def accuracy(engine: Engine, val: Source, config: Config, workers: int) -> dict[
     views = Views(val, np.arange(len(val))[world.rank :: world.size], view, _BATCH)
     batches = read_views(views, list(range(len(views))), workers)
     nothing = torch.zeros(1, method.encoder.channels, *size, dtype=torch.uint8)
-    right, right5, loss, seen = 0, 0, 0.0, 0
+    right, loss, seen = np.zeros(2, dtype=np.int64), 0.0, 0
     # The same number of forward passes on every rank, since weights may have to be gathered for each.
     for _ in range(-(-len(val) // (world.size * _BATCH))):
         viewed = next(batches, None)
@@ -141,10 +142,9 @@ def accuracy(engine: Engine, val: Source, config: Config, workers: int) -> dict[
         if viewed is None or not viewed.places:
             continue
         truth = torch.tensor(viewed.labels)
-        ranks = logits.topk(min(5, method.classes), dim=1).indices == truth[:, None]
-        right, right5 = right + int(ranks[:, 0].sum()), right5 + int(ranks.sum())
+        right = right + counts(logits, truth)
         loss, seen = loss + float(F.cross_entropy(logits, truth, reduction="sum")), seen + len(images)
-    totals = np.sum(world.gather_host((right, right5, loss, seen)), axis=0)
+    totals = np.sum(world.gather_host((*right.tolist(), loss, seen)), axis=0)
     count = int(totals[3])
     if not count:
         raise DataError("None of the held-out images can be read: check data.path.")
