@@ -179,8 +179,8 @@ def test_in_half_precision_an_engine_differs_as_ddp_does(engine, recipe, precisi
     """At most three times as much as two ranks of ddp differ from one process, or as the loss is rounded.
 
     AdPE's is rounded more on its way: seen with torch 2.14.1, where ddp happens to round as one process does (1.2e-7 at
-    most in float16, 2.2e-5 in bfloat16), the others differ by up to 4.5e-5 and 2.0e-4. What an engine gets wrong shows in
-    float32, above.
+    most in float16, 2.2e-5 in bfloat16), the others differ by up to 4.5e-5 and 2.0e-4. What an engine gets wrong shows
+    in float32, above.
     """
     if (engine, precision) == ("zero 0", "float16"):
         pytest.skip("refused: DeepSpeed has no hook for our loss scaler at stage 0")
