@@ -81,6 +81,8 @@ class World:
             raise UserError(" ".join(failures), shared=True)
 
     def close(self) -> None:
+        # A group that something still holds keeps its threads, and gloo's abort a process that ends under them.
+        self.host_group = self.writing_group = None
         if self.joined and dist.is_initialized():
             dist.destroy_process_group()
         self.guard.close()

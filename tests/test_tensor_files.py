@@ -57,18 +57,23 @@ def test_torch_loads_through_the_safe_reader(folder, tensors):
     assert torch.equal(state["method.weight"], tensors["method.weight"])
 
 
+# In a function: the mesh keeps gloo's threads, and one that still runs while Python ends aborts the process.
 WRITER = """
 import sys, torch, torch.distributed as dist, torch.distributed.checkpoint as dcp
 from torch.distributed.tensor import Shard, Replicate, distribute_tensor
+
+def write(folder):
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+    state = {}
+    for name, shape, placement in [("rows", (7, 3), Shard(0)), ("columns", (4, 5), Shard(1)), ("one", (1, 2), Shard(0)),
+                                   ("same", (3, 3), Replicate())]:
+        values = torch.arange(float(torch.Size(shape).numel())).view(shape)
+        state[name] = distribute_tensor(values, mesh, [placement])
+    dcp.save(state, storage_writer=dcp.FileSystemWriter(folder))
+    dist.destroy_process_group()
+
 dist.init_process_group("gloo")
-mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
-state = {}
-for name, shape, placement in [("rows", (7, 3), Shard(0)), ("columns", (4, 5), Shard(1)), ("one", (1, 2), Shard(0)),
-                               ("same", (3, 3), Replicate())]:
-    values = torch.arange(float(torch.Size(shape).numel())).view(shape)
-    state[name] = distribute_tensor(values, mesh, [placement])
-dcp.save(state, storage_writer=dcp.FileSystemWriter(sys.argv[1]))
-dist.destroy_process_group()
+write(sys.argv[1])
 """
 
 
@@ -78,10 +83,11 @@ def two_ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     (folder / "writer.py").write_text(WRITER)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    subprocess.run(
+    done = subprocess.run(
         [*launcher, str(folder / "writer.py"), str(folder / "saved")],
-        check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
+    assert done.returncode == 0, done.stderr
     return folder / "saved"
 
 
