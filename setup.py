@@ -17,11 +17,13 @@ class BuildWithoutSetup(build_py):
 ROOMS = [
     "",
     ".launch",
+    ".launch.doctor",
     ".launch.engine",
     ".launch.evaluate",
     ".launch.exchange",
     ".launch.nodes",
     ".launch.planning",
+    ".launch.tuning",
     ".models",
     ".kernels",
     ".data",

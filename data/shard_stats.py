@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,8 +12,8 @@ from PIL import Image
 
 from .decode import UnreadableImage, to_channels
 from .images import DataError
+from .pixel_moments import chosen, pixel_moments
 from .shards import ShardPath, Shards
-from .streams import generator
 
 _TILE = 96  # pixels of a picture on the sheet
 _GAP = 4
@@ -51,13 +50,6 @@ def _labels(shards: Shards) -> dict[str, int]:
     return {names.get(label, str(label)): found.get(label, 0) for label in everything}
 
 
-def chosen(n: int, count: int | None) -> list[int]:
-    """`count` of `n` places, ascending and always the same ones; None means all."""
-    if count is None or count >= n:
-        return list(range(n))
-    return np.sort(generator(0, "shard stats", 0).permutation(n)[:count]).tolist()
-
-
 def measure(path: ShardPath, split: str | None = None, *, sample: int | None = 2000, threads: int = 1,
             progress: Progress | None = None) -> Stats:  # fmt: skip
     """Count what `path` holds (see `Shards`) and measure `sample` of its images, always the same ones; None: all.
@@ -70,38 +62,10 @@ def measure(path: ShardPath, split: str | None = None, *, sample: int | None = 2
     shards = Shards(path, split)
     size = sum(os.stat(tar).st_size for tar in shards.paths)
     stats = Stats(len(shards.paths), len(shards), size, _spread(shards.sizes), _labels(shards), shards.channels)
-    sums, squares = np.zeros(shards.channels), np.zeros(shards.channels)
-    heights, widths = [], []
-
-    def look(i: int) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]] | str:
-        try:
-            pixels = shards.read(i)
-        except UnreadableImage as error:
-            return str(error)
-        values = pixels.reshape(-1, pixels.shape[2])
-        # Counts of the 256 values give both moments exactly, and faster than floating-point copies of the image.
-        counts = np.stack([np.bincount(values[:, c], minlength=256) for c in range(values.shape[1])])
-        levels = np.arange(256) / 255
-        return counts @ levels / len(values), counts @ levels**2 / len(values), pixels.shape
-
-    places = chosen(len(shards), sample)
-    with ThreadPoolExecutor(max(1, threads)) as pool:
-        for number, seen in enumerate(pool.map(look, places), 1):
-            if isinstance(seen, str):
-                stats.unreadable.append(seen)
-            else:
-                sums, squares = sums + seen[0], squares + seen[1]
-                heights.append(seen[2][0])
-                widths.append(seen[2][1])
-            if progress:
-                progress(number, len(places))
-    if not heights:
-        raise DataError(f"None of the {len(places)} images can be read; {stats.unreadable[0]}.")
-    stats.measured = len(heights)
-    mean = sums / stats.measured
-    stats.mean = mean.tolist()
-    stats.std = np.sqrt(np.maximum(squares / stats.measured - mean**2, 0)).tolist()
-    stats.sides = {"height": _spread(heights), "width": _spread(widths)}
+    found = pixel_moments(shards, chosen(len(shards), sample), threads, progress)
+    stats.measured, stats.mean, stats.std = len(found.heights), found.mean, found.std
+    stats.sides = {"height": _spread(found.heights), "width": _spread(found.widths)}
+    stats.unreadable = found.unreadable
     return stats
 
 

@@ -22,6 +22,7 @@ from importlib.metadata import version  # noqa: E402
 from typing import TYPE_CHECKING, Any, NoReturn  # noqa: E402
 
 from .consolidate import add_consolidate_command, run_consolidate  # noqa: E402
+from .doctor.command import add_doctor_command, run_doctor  # noqa: E402
 from .errors import UserError, first_of_machine, print_error  # noqa: E402
 from .evaluate.detect_command import add_detect_command, run_detect  # noqa: E402
 from .evaluate.finetune_command import add_finetune_command, run_finetune  # noqa: E402
@@ -38,6 +39,7 @@ from .nodes.submit import add_submit_command, run_submit  # noqa: E402
 from .planning.command import add_plan_command, run_plan  # noqa: E402
 from .run_command import add_run_command, positive, run_recipe  # noqa: E402
 from .shards import add_shards_command, run_shards  # noqa: E402
+from .tuning.command import add_tune_command, run_tune  # noqa: E402
 
 if TYPE_CHECKING:
     from .config import Config
@@ -76,7 +78,9 @@ def _parser() -> argparse.ArgumentParser:
     add_detect_command(commands)
     recipe_command("show", "Print a recipe with its bases and overrides merged.")
     commands.add_parser("configs", help="List the packaged recipes.", description="List the packaged recipes.")
+    add_doctor_command(commands)
     add_plan_command(commands)
+    add_tune_command(commands)
     add_submit_command(commands)
     add_hosts_command(commands)
     add_shards_command(commands)
@@ -333,6 +337,7 @@ def _bench_kernels(arguments: argparse.Namespace) -> dict[str, Any]:
 _COMMANDS = {
     "pretrain": _pretrain, "finetune": run_finetune, "segment": run_segment, "detect": run_detect, "show": _show,
     "configs": _configs, "plan": run_plan, "submit": run_submit, "hosts": run_hosts, "bench": _bench,
+    "doctor": run_doctor, "tune": run_tune,
     "shards": run_shards, "inspect": run_inspect, "consolidate": run_consolidate, "export": run_export,
     "zoo": run_zoo, "probe": run_probe, "evaluate": run_evaluate, "reproduce": run_reproduce, "look": run_look,
 }  # fmt: skip
