@@ -23,6 +23,7 @@ _TRITON_FROM = (8, 0)
 def gpu_facts() -> dict[str, Any]:
     """What torch knows of its CUDA and of every visible GPU; imports torch, and starts CUDA where there is a GPU."""
     import torch
+    import torch.cuda.nccl
 
     facts: dict[str, Any] = {
         "torch": torch.__version__, "cuda": torch.version.cuda, "hip": torch.version.hip,

@@ -84,7 +84,7 @@ def cores(ranks: int) -> Finding:
     if usable < 2 * ranks:
         return Finding(
             "cores", "note", f"{text}: training and decoding share {usable:g} among {ranks} rank{'s' * (ranks > 1)}",
-            "8 or more cores for each GPU; shards of smaller images: elsewhere shards write --max-side 256", facts=facts,
+            "8 or more cores for each GPU; smaller images: elsewhere shards write --max-side 256", facts=facts,
         )  # fmt: skip
     if load > 1.5 * usable:
         return Finding(

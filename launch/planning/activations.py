@@ -30,7 +30,7 @@ from ...models.mae import Mae
 from ...models.method import Method
 from ...models.relative import RelativeTable
 from ..build import build_masks, build_method
-from ..config import Config, Data, Engine, LoaderSection, Optim, Run
+from ..config import Checkpoint, Config, Data, Engine, LoaderSection, Optim, Probe, Run, Teacher
 from ..engine.activation_checkpointing import checkpoint_activations
 
 _IMAGES = (2, 3)  # of one there are shapes that count as contiguous, which more images are not
@@ -148,7 +148,11 @@ def activations(
 def _what_matters(config: Config) -> str:
     """The configuration with all else at its default, so that a plan of another batch finds what was traced."""
     data = Data(views=config.data.views, mean=config.data.mean, std=config.data.std)
-    plain = {"data": data, "optim": Optim(), "engine": Engine(), "loader": LoaderSection(), "run": Run(), "about": ""}
+    teacher = Teacher(layers=config.method.teacher.layers)
+    plain = {
+        "data": data, "optim": Optim(), "engine": Engine(), "loader": LoaderSection(), "run": Run(), "about": "",
+        "checkpoint": Checkpoint(), "probe": Probe(), "method": config.method.model_copy(update={"teacher": teacher}),
+    }  # fmt: skip
     return config.model_copy(update=plain).model_dump_json(by_alias=True)
 
 

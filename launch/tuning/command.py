@@ -84,10 +84,16 @@ def print_choices(tuned: Tuned) -> None:
     for caution in tuned.cautions:
         print(f"caution: {caution}")
     total, days = r["memory"]["total"] / 1e9, r["days"]
-    time = f"{days:.1f} days" if days >= 1 else f"{24 * days:.1f} hours"
+    time = (
+        f"{days:.1f} days"
+        if days >= 1
+        else f"{24 * days:.1f} hours"
+        if 24 * days >= 1
+        else f"{1440 * days:.1f} minutes"
+    )
     print(
-        f"\n{r['steps']:,} steps of {r['batch']} images, {total:.1f} of {r['gpu_memory'] / 1e9:g} GB a GPU, about {time} "
-        f"at an assumed MFU of {r['mfu']:.2f} (elsewhere plan says more)"
+        f"\n{r['steps']:,} steps of {r['batch']} images, {total:.1f} of {r['gpu_memory'] / 1e9:g} GB a GPU, "
+        f"about {time} at an assumed MFU of {r['mfu']:.2f} (elsewhere plan says more)"
     )
     print("As in the recipe: noise and attack, shares that are masked, weight decay, augmentation not named above.")
 

@@ -11,7 +11,8 @@ import yaml
 
 from ..config import recipe_names
 from ..errors import UserError
-from .tune import Choice, Tuned
+from .choices import Choice
+from .tune import Tuned
 
 _WIDTH = 110
 _FIRST = ("about", "data.path")
