@@ -201,7 +201,8 @@ def nvidia_apex() -> dict[str, Any]:
 def environment() -> Finding:
     """Variables that change how runs behave, where they are set."""
     named = re.compile(r"^(NCCL_|GLOO_|TORCH_|PYTORCH_|TRITON_|CUDA_|OMP_|DS_)")
-    found = {name: value for name, value in sorted(os.environ.items()) if named.match(name)}
+    ours = ("OMP_WAIT_POLICY", "passive")  # set by launch/cli.py
+    found = {name: value for name, value in sorted(os.environ.items()) if named.match(name) and (name, value) != ours}
     shown = " ".join(f"{name}={value}" for name, value in found.items())
     slow = [
         name for name in ("TRITON_INTERPRET", "CUDA_LAUNCH_BLOCKING", "NCCL_P2P_DISABLE") if found.get(name, "0") == "1"

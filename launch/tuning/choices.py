@@ -32,6 +32,7 @@ class Tuning:
     given: list[str]
     choices: list[Choice] = field(default_factory=list)
     cautions: list[str] = field(default_factory=list)
+    measured_side: str | None = None  # what was found of the images' sides, where the size follows from it
 
     def is_given(self, key: str) -> bool:
         return any(key == one or key.startswith(one + ".") or one.startswith(key + ".") for one in self.given)

@@ -59,7 +59,7 @@ def _measure(found: Tuning, source: Any, size: int | None) -> int | None:
     if size is None and not found.is_given("model.image_size") and middle < own:
         # Not enlarged: a side that has several divisors, so that a patch fits.
         size = middle // 8 * 8 if middle >= 16 else middle
-        found.cautions.append(f"the shorter side of the images is {middle} pixels (median), so --size {size}")
+        found.measured_side = f"the images' shorter sides have a median of {middle}"
     return size
 
 
@@ -94,7 +94,8 @@ def of_size(found: Tuning, size: int | None) -> int:
             f"No patch divides {crop} pixels into about {grid}×{grid}: take --size {' or '.join(map(str, near[:2]))}."
         )
     half = f"; crops of half the image's side, as the published {own // 2} of {own}" if crops else ""
-    found.decide("given", f"--size {size}{half}", model__image_size=[crop, crop])
+    kind = "measured" if found.measured_side else "given"
+    found.decide(kind, f"{found.measured_side or f'--size {size}'}{half}", model__image_size=[crop, crop])
     if found.is_given("model.patch_size"):
         best = found.config.model.patch_size
     now, rest = divmod(crop, best)
