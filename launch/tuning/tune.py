@@ -122,6 +122,12 @@ def _millions(count: float) -> str:
 def _of_batch(found: Tuning, images: int, gpus: int, gpu: str) -> None:
     """Batch, micro-batch and activation checkpointing, by what the plan says that the GPUs hold."""
     published = found.base.optim.batch_size
+    least = images // rules.STEPS_AN_EPOCH
+    if least < gpus:
+        raise UserError(
+            f"{images} images are too few for {gpus} GPU{'s' * (gpus > 1)}: an epoch of {rules.STEPS_AN_EPOCH} steps "
+            f"leaves {least} a step; take fewer GPUs, or more images."
+        )
     own = found.config.engine.activation_checkpointing
     case = open_case(found.config, gpu, images, found.recipe)
     for policy in dict.fromkeys(
@@ -140,11 +146,6 @@ def _of_batch(found: Tuning, images: int, gpus: int, gpu: str) -> None:
         rule = f"without it a {gpu} does not hold {rules.LEAST_BATCH} images among {gpus}"
         found.decide("planned", rule, engine__activation_checkpointing=policy)
     batch = rules.batch_for(published, images, gpus, fits)
-    if batch is None:
-        raise UserError(
-            f"{images} images are too few for {gpus} GPU{'s' * (gpus > 1)}: an epoch of {rules.STEPS_AN_EPOCH} steps "
-            f"leaves {images // rules.STEPS_AN_EPOCH} a step; take fewer GPUs, or more images."
-        )
     rule = (
         f"the largest {gpus} × 2^k of at most the recipe's {published}, an eighth of the images ({images // 8:,}), and "
         f"what {gpus} × {gpu} hold at once ({gpus} × {fits} by elsewhere plan) or {rules.LEAST_BATCH}"
