@@ -92,7 +92,7 @@ def test_sizes_are_read_as_they_are_written(shards, images, tmp_path, size):
 def test_a_wrong_argument_ends_with_the_usage(shards, images, tmp_path, flags, capsys):
     with pytest.raises(SystemExit):
         shards("write", images, tmp_path / "out", *flags)
-    assert "`elsewhere shards write --help`" in capsys.readouterr().err
+    assert "usage: elsewhere shards write" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
