@@ -54,7 +54,9 @@ class _Parser(argparse.ArgumentParser):
             wrong = re.match(r"argument \S+: invalid choice: '(.*?)' \(choose from (.*)\)$", message)
             if wrong:
                 near = difflib.get_close_matches(wrong[1], wrong[2].replace("'", "").split(", "), 1)
-                message = f"there is no {wrong[1]}; {f'did you mean {near[0]}? There' if near else 'there'} are {wrong[2]}"
+                message = (
+                    f"there is no {wrong[1]}; {f'did you mean {near[0]}? There' if near else 'there'} are {wrong[2]}"
+                )
             print(f"elsewhere: {message} (`{self.prog} --help` says what it takes).", file=sys.stderr)
         sys.exit(2)
 

@@ -35,9 +35,9 @@ def out_of_memory(error: RuntimeError, micro_batch: int) -> UserError | None:
         return None
     found = text.split(". ")[1 if text.startswith("CUDA out of memory") else 0].strip().splitlines()[0]
     return UserError(
-        f"Memory ran out ({found.rstrip('.')}): lower loader.micro_batch (now {micro_batch}; the batch stays what it is), "
-        "set engine.activation_checkpointing=full, or divide the weights by engine.kind=fsdp; `elsewhere plan` says what "
-        "fits."
+        f"Memory ran out ({found.rstrip('.')}): lower loader.micro_batch (now {micro_batch}; the batch stays what it "
+        "is), set engine.activation_checkpointing=full, or divide the weights by engine.kind=fsdp; `elsewhere plan` "
+        "says what fits."
     )
 
 
