@@ -13,4 +13,6 @@ def on_page_markdown(markdown: str, **_) -> str:
     """The page with ```math blocks and $…$ outside of code as MathML."""
     markdown = _FENCE.sub(lambda found: f"<div>{convert(found[1].strip(), display='block')}</div>", markdown)
     parts = _CODE.split(markdown)
-    return "".join(part if i % 2 else _INLINE.sub(lambda f: convert(f[1]), part) for i, part in enumerate(parts))
+    return "".join(
+        part if i % 2 else _INLINE.sub(lambda f: f"<span>{convert(f[1])}</span>", part) for i, part in enumerate(parts)
+    )
