@@ -145,7 +145,9 @@ def _of_batch(found: Tuning, images: int, gpus: int, gpu: str) -> None:
     if policy != own:
         rule = f"without it a {gpu} does not hold {rules.LEAST_BATCH} images among {gpus}"
         found.decide("planned", rule, engine__activation_checkpointing=policy)
-    batch = rules.batch_for(published, images, gpus, fits)
+    batch = rules.batch_for(published, images, gpus, fits) or found.config.optim.batch_size
+    if batch < gpus:
+        raise UserError(f"{gpus} GPUs are more than the recipe's batch of {published} images: take fewer.")
     rule = (
         f"the largest {gpus} × 2^k of at most the recipe's {published}, an eighth of the images ({images // 8:,}), and "
         f"what {gpus} × {gpu} hold at once ({gpus} × {fits} by elsewhere plan) or {rules.LEAST_BATCH}"
