@@ -63,15 +63,15 @@ def test_rates_per_256_images_scale_by_themselves():
 
 
 def test_what_is_set_stays_and_is_written_down():
-    given = ["optim.epochs=77", "model.size=base", "engine.kind=fsdp", "optim.clip_grad=1.0", "optim.lr=3e-4"]
-    tuned = tune("stop_vit_b16", given, gpus=2, images=5000)
+    given = ["optim.epochs=77", "model.size=micro", "engine.kind=fsdp", "optim.clip_grad=1.0", "optim.lr=3e-4"]
+    tuned = tune("cifar10_stop", given, gpus=2, images=5000)
     optim = tuned.config.optim
-    assert (optim.epochs, tuned.config.model.size, optim.clip_grad, optim.lr) == (77, "base", 1.0, 3e-4)
+    assert (optim.epochs, tuned.config.model.size, optim.clip_grad, optim.lr) == (77, "micro", 1.0, 3e-4)
     assert all(kinds(tuned)[item.partition("=")[0]] == "given" for item in given)
 
 
 def test_a_group_that_is_set_whole_counts_as_what_it_changes():
-    tuned = tune("stop_vit_b16", ["optim={batch_size: 128, clip_grad: 1.0}"], gpus=1, images=50_000)
+    tuned = tune("cifar10_stop", ["optim={batch_size: 128, clip_grad: 1.0}"], gpus=1, images=5_000)
     assert tuned.config.optim.batch_size == 128 and kinds(tuned)["optim.clip_grad"] == "given"
     assert kinds(tuned)["optim.epochs"] == "rule of thumb"
 
