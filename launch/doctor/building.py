@@ -113,7 +113,7 @@ def processes() -> Finding:
     }  # fmt: skip
     with ThreadPoolExecutor(2) as threads:
         ranks = [
-            threads.submit(ask, rank_sum, timeout=60.0, environ={**around, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+            threads.submit(ask, rank_sum, timeout=45.0, environ={**around, "RANK": str(rank), "LOCAL_RANK": str(rank)})
             for rank in range(2)
         ]
         complaints = [rank.exception() for rank in ranks]
@@ -133,7 +133,7 @@ def rank_sum() -> int:
 
     from ..world import join
 
-    world = join("cpu", wait=50.0)
+    world = join("cpu", wait=40.0)
     total = int(world.gather(torch.tensor(world.rank + 1)).sum())
     world.gather_host(total)
     return total
