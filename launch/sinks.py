@@ -53,12 +53,12 @@ def check_wandb(wanted: bool | str) -> None:
     """Raise UserError where `monitor.wandb` asks for a package that is not there."""
     if wanted and find_spec("wandb") is None:
         raise UserError(
-            "monitor.wandb needs the package wandb: python3 -m pip install wandb (or elsewhere[wandb]), or leave it out."
+            "monitor.wandb needs the package wandb: python3 -m pip install wandb, or leave the setting out."
         )
 
 
 class Wandb:
-    """A run of Weights & Biases, in the project that `wanted` names; the same one for every life of the run in `folder`.
+    """A run of Weights & Biases in the project that `wanted` names, the same for every life of the run in `folder`.
 
     Its mode, account and server are those of wandb's own variables (WANDB_MODE, WANDB_ENTITY, WANDB_BASE_URL). Numbers
     come over `step`, so that a run that goes on from a checkpoint may log a step again. Raises UserError where wandb
@@ -80,7 +80,7 @@ class Wandb:
                 settings=wandb.Settings(console="off", silent=True),
             )  # fmt: skip
         except wandb.errors.Error as error:  # no account, no network
-            said = str(error).strip().splitlines()[0].rstrip(".")
+            said = str(error).strip().splitlines()[0].split(". ")[0].rstrip(".")
             raise UserError(
                 f"monitor.wandb: Weights & Biases cannot start ({said}): run `wandb login`, or set WANDB_MODE=offline."
             ) from error

@@ -56,8 +56,8 @@ def thin(curve: Curve, points: int = POINTS) -> Line:
 class Axis:
     """A range of values on a range of the view box, with round ticks; logarithmic where `log`."""
 
-    def __init__(self, low: float, high: float, start: float, end: float, log: bool = False):
-        self.log = log
+    def __init__(self, low: float, high: float, start: float, end: float, log: bool = False, twos: bool = False):
+        self.log, self.twos = log, twos
         if log:
             low, high = math.log10(low), math.log10(high)
         if high - low < 1e-12 * max(1.0, abs(high)):
@@ -78,7 +78,10 @@ class Axis:
         return self.start + (values - self.low) / (self.high - self.low) * (self.end - self.start)
 
     def ticks(self, about: int = 5) -> list[float]:
-        """Round values within the range."""
+        """Round values within the range, or powers of two."""
+        if self.log and self.twos:
+            powers = range(math.ceil(self.low / math.log10(2)), math.floor(self.high / math.log10(2)) + 1)
+            return [2.0**power for power in powers[:: math.ceil(len(powers) / about) or 1]]
         if self.log:
             for factors in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7)):
                 found = [f * 10.0**e for e in range(math.floor(self.low), math.ceil(self.high) + 1) for f in factors]
@@ -142,7 +145,8 @@ def figure(
     values = finite(np.concatenate([part for line in lines.values() for part in (line.low, line.y, line.high)]))
     last = max(float(line.x[-1]) for line in lines.values())
     across = Axis(min(0.0, min(float(line.x[0]) for line in lines.values())), max(last, 1e-9), LEFT, width - RIGHT)
-    up = Axis(float(values.min()), float(values.max()), HEIGHT - BOTTOM, TOP, log).padded(0.04)
+    up = Axis(float(values.min()), float(values.max()), HEIGHT - BOTTOM, TOP, log, panel.scale == "powers of two")
+    up.padded(0.04)
     parts = [*_axes(across, up, over, width)]
     for i, line in lines.items():
         parts.append(_line(i, line, across, up))
@@ -173,7 +177,9 @@ def _axes(across: Axis, up: Axis, over: str, width: int) -> list[str]:
         parts.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{floor}" y2="{floor + 4}"/>')
         parts.append(f'<text class="tick" x="{x:.1f}" y="{floor + 16}" text-anchor="middle">{short(value)}</text>')
     parts.append(f'<line class="axis" x1="{LEFT}" x2="{width - RIGHT}" y1="{floor}" y2="{floor}"/>')
-    parts.append(f'<text class="tick" x="{(LEFT + width - RIGHT) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{over}</text>')
+    parts.append(
+        f'<text class="tick" x="{(LEFT + width - RIGHT) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{over}</text>'
+    )
     return parts
 
 
@@ -192,9 +198,7 @@ def _line(i: int, line: Line, across: Axis, up: Axis) -> str:
         parts.append(f'<path class="whisker" d="{"".join(bars)}"/>')
     parts.append(f'<path class="line" d="{_path(x, y)}"/>')
     if len(x) <= 30:
-        parts += [
-            f'<circle cx="{a:.1f}" cy="{b:.1f}" r="2.6"/>' for a, b in zip(x, y, strict=True) if math.isfinite(b)
-        ]
+        parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="2.6"/>' for a, b in zip(x, y, strict=True) if math.isfinite(b)]
     return f'<g class="run r{i}">{"".join(parts)}</g>'
 
 

@@ -14,8 +14,8 @@ from typing import Any
 import yaml
 
 from ..evaluate.results import KEY
-from .figure import figure
-from .panels import Section, sections
+from .figure import figure, short
+from .panels import Panel, Section, sections
 from .read import Run
 from .summary import NOTE, table
 
@@ -35,9 +35,7 @@ def page(runs: Sequence[Run], over: str = "step", evaluations: Sequence[list[dic
     body += [_by_class(runs), _pictures(runs), _configurations(runs), _environments(runs)]
     style = (_HERE / "page.css").read_text(encoding="utf-8") + _colours(len(runs))
     script = (_HERE / "page.js").read_text(encoding="utf-8")
-    buttons = "".join(
-        f'<button aria-pressed="true">{_key(i)}{escape(run.name)}</button>' for i, run in enumerate(runs)
-    )
+    buttons = "".join(f'<button aria-pressed="true">{_key(i)}{escape(run.name)}</button>' for i, run in enumerate(runs))
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
@@ -67,10 +65,12 @@ def _colours(count: int) -> str:
 
 
 def _key(i: int) -> str:
-    return f'<span class="key r-key" style="background: var(--c{i % _COLOURS})"></span>'
+    return f'<span class="key" style="background: var(--c{i % _COLOURS})"></span>'
 
 
-def _rows(titles: Sequence[str], rows: Iterable[Sequence[str]], numbers: bool = True, marked: Sequence[bool] = ()) -> str:
+def _rows(
+    titles: Sequence[str], rows: Iterable[Sequence[str]], numbers: bool = True, marked: Sequence[bool] = ()
+) -> str:
     """An HTML table, whose first cells are HTML already."""
     kind = ' class="number"' if numbers else ""
     head = "".join(f"<th{kind if i else ''}>{escape(title)}</th>" for i, title in enumerate(titles))
@@ -80,6 +80,11 @@ def _rows(titles: Sequence[str], rows: Iterable[Sequence[str]], numbers: bool = 
         differs = ' class="differs"' if marked and marked[number] else ""
         lines.append(f'<tr{differs}><td class="name">{first}</td>{cells}</tr>')
     return f'<div class="scroll"><table class="data"><tr>{head}</tr>{"".join(lines)}</table></div>'
+
+
+def _folded(title: str, body: str, opened: bool = False) -> str:
+    """A part that opens and closes; `title` is HTML already."""
+    return f"<details{' open' if opened else ''}><summary>{title}</summary>{body}</details>"
 
 
 def _summary(runs: Sequence[Run]) -> str:
@@ -109,25 +114,38 @@ def _evaluations(runs: Sequence[Run], evaluations: Sequence[list[dict[str, Any]]
     return "<h2>Evaluations</h2>" + _rows(titles, rows, numbers=False)
 
 
-def _section(section: Section, panels: list, runs: Sequence[Run], over: str, points: dict[str, Any]) -> str:
+def _section(section: Section, panels: Sequence[Panel], runs: Sequence[Run], over: str, points: dict[str, Any]) -> str:
     if not panels:
-        return f"<h2>{section.title}</h2><p class=\"quiet\">{escape(section.absent)}</p>" if section.absent else ""
+        return f'<h2>{section.title}</h2><p class="quiet">{escape(section.absent)}</p>' if section.absent else ""
     per_step = [1.0 if over == "step" else run.epochs_per_step or float("nan") for run in runs]
+    once = [panel for panel in panels if all(_count(run, panel.key) < 2 for run in runs)]
+    said = f"Measured once in a run: {'; '.join(_once(panel, runs) for panel in once)}." if once else ""
     figures = []
-    for panel in panels:
+    for panel in [panel for panel in panels if panel not in once]:
         name, wide = f"plot{len(points)}", panel.key == "loss"
         svg, points[name] = figure(panel, runs, name, _over(over), per_step, wide)
-        without = [run.name for i, run in enumerate(runs) if str(i) not in map(str, points[name]["runs"])]
+        without = [run.name for i, run in enumerate(runs) if i not in points[name]["runs"]]
         note = f"not in {', '.join(without)}" if without else ""
         if panel.key == "loss" and any(run.resumed for run in runs):
             note = "dotted: where a run went on from a checkpoint"
         if panel.key == "loss_scale" and any(run.skipped for run in runs):
             note = "crosses: skipped steps" + (f"; {note}" if note else "")
         title = escape(panel.title + (f", {panel.unit}" if panel.unit else ""))
-        figures.append(
-            f'<figure{" class=wide" if wide else ""}><h3>{title}</h3>{svg}<figcaption>{escape(note)}</figcaption></figure>'
-        )
-    return f'<h2>{section.title}</h2><div class="grid">{"".join(figures)}</div>'
+        kind = ' class="wide"' if wide else ""
+        figures.append(f"<figure{kind}><h3>{title}</h3>{svg}<figcaption>{escape(note)}</figcaption></figure>")
+    note = f'<p class="quiet">{escape(said)}</p>' if said else ""
+    return f'<h2>{section.title}</h2>{note}<div class="grid">{"".join(figures)}</div>'
+
+
+def _count(run: Run, key: str) -> int:
+    return len(run.curves[key].x) if key in run.curves else 0
+
+
+def _once(panel: Panel, runs: Sequence[Run]) -> str:
+    """The figure of each run that has it, where none has a second one to draw a line to."""
+    found = [(run.name, panel.factor * float(run.curves[panel.key].y[-1])) for run in runs if _count(run, panel.key)]
+    unit = f" {panel.unit}" if panel.unit else ""
+    return f"{panel.title} {', '.join(f'{short(value)}{unit} ({name})' for name, value in found)}"
 
 
 def _over(over: str) -> str:
@@ -140,14 +158,16 @@ def _by_class(runs: Sequence[Run]) -> str:
         if run.by_class:
             titles = list(dict.fromkeys(key for figures in run.by_class.values() for key in figures))
             rows = [
-                [escape(name), *(f"{100 * v:.1f}" if isinstance(v := figures.get(t), int | float) else "" for t in titles)]
+                [escape(name), *(_hundredths(figures.get(title)) for title in titles)]
                 for name, figures in run.by_class.items()
             ]
-            parts.append(
-                f"<details><summary>{_key(i)}{escape(run.name)}, {len(rows)} classes</summary>"
-                f"{_rows(['class', *(f'{t}, %' for t in titles)], rows)}</details>"
-            )
+            shown = _rows(["class", *(f"{title}, %" for title in titles)], rows)
+            parts.append(_folded(f"{_key(i)}{escape(run.name)}, {len(rows)} classes", shown))
     return "<h2>Held-out images by class</h2>" + "".join(parts) if parts else ""
+
+
+def _hundredths(value: Any) -> str:
+    return f"{100 * value:.1f}" if isinstance(value, int | float) else ""
 
 
 def _pictures(runs: Sequence[Run]) -> str:
@@ -160,15 +180,13 @@ def _pictures(runs: Sequence[Run]) -> str:
     parts = []
     for tag in tags:
         figures = [
-            f'<figure><img alt="{escape(tag)} of {escape(run.name)} after {step} steps" '
+            f'<figure class="r{i}"><img alt="{escape(tag)} of {escape(run.name)} after {step} steps" '
             f'src="data:image/png;base64,{base64.b64encode(png).decode()}">'
             f"<figcaption>{_key(i)}{escape(run.name)}, after {step:,} steps</figcaption></figure>"
             for i, run in enumerate(runs)
             for step, png in run.pictures.get(tag, {}).items()
         ]
-        parts.append(
-            f"<details open><summary><b>{escape(tag)}</b></summary><div class=\"pictures\">{''.join(figures)}</div></details>"
-        )
+        parts.append(_folded(f"<b>{escape(tag)}</b>", f'<div class="pictures">{"".join(figures)}</div>', True))
     return f"<h2>Pictures</h2>{''.join(parts)}"
 
 
@@ -180,14 +198,12 @@ def _configurations(runs: Sequence[Run]) -> str:
         differing = [key for key in keys if any(each.get(key) != settings[0].get(key) for each in settings)]
         rows = [[escape(key), *(_value(each, key) for each in settings)] for key in differing]
         titles = ["setting", *(run.name for run in runs)]
-        parts.append(
-            f"<details open><summary>{len(rows)} settings differ</summary>{_rows(titles, rows, numbers=False)}</details>"
-            if rows else "<p>All runs have the same settings.</p>"
-        )  # fmt: skip
+        differ = _folded(f"{len(rows)} settings differ", _rows(titles, rows, numbers=False), True)
+        parts.append(differ if rows else "<p>All runs have the same settings.</p>")
     for i, run in enumerate(runs):
         if run.config:
             text = escape(yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True))
-            parts.append(f"<details><summary>{_key(i)}{escape(run.name)}, all settings</summary><pre>{text}</pre></details>")
+            parts.append(_folded(f"{_key(i)}{escape(run.name)}, all settings", f"<pre>{text}</pre>"))
         else:
             parts.append(f'<p class="quiet">{escape(run.name)} has no config.yaml beside its metrics.</p>')
     return "".join(parts)
@@ -218,11 +234,9 @@ def _environments(runs: Sequence[Run]) -> str:
         if len(run.starts) > 1:
             known = [[escape(str(each.get("time", ""))), *(str(each.get(key, "")) for key in _FACTS[:-1])]
                      for each in run.starts]  # fmt: skip
-            parts.append(
-                f"<details><summary>{_key(i)}{escape(run.name)}, all {len(known)} starts</summary>"
-                f"{_rows(['time', *_FACTS[:-1]], known, numbers=False)}</details>"
-            )
-    return f"<h2>Environment</h2><details open><summary>machines, versions, sizes</summary>{''.join(parts)}</details>"
+            shown = _rows(["time", *_FACTS[:-1]], known, numbers=False)
+            parts.append(_folded(f"{_key(i)}{escape(run.name)}, all {len(known)} starts", shown))
+    return f"<h2>Environment</h2>{_folded('machines, versions, sizes', ''.join(parts), True)}"
 
 
 def evaluations_of(found: dict[str, Any]) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from .read import Run, finite
 
-Scale = Literal["auto", "linear", "log"]
+Scale = Literal["auto", "linear", "powers of two"]  # auto: logarithmic where that is right
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,10 @@ _HELD_OUT = (
     _percent("probe/knn", "k-NN accuracy"), _percent("probe/linear", "linear probe accuracy"),
     _percent("probe/top1", "top-1 accuracy"), _percent("probe/top5", "top-5 accuracy"),
     _percent("probe/miou", "mean IoU"), _percent("probe/macc", "mean class accuracy"),
-    _percent("probe/aacc", "pixel accuracy"), _percent("probe/box_AP", "box AP"), _percent("probe/box_AP50", "box AP50"),
-    _percent("probe/box_AP75", "box AP75"), _percent("probe/box_APs", "box AP, small"),
-    _percent("probe/box_APm", "box AP, medium"), _percent("probe/box_APl", "box AP, large"),
+    _percent("probe/aacc", "pixel accuracy"), _percent("probe/box_AP", "box AP"),
+    _percent("probe/box_AP50", "box AP50"), _percent("probe/box_AP75", "box AP75"),
+    _percent("probe/box_APs", "box AP, small"), _percent("probe/box_APm", "box AP, medium"),
+    _percent("probe/box_APl", "box AP, large"),
     _percent("probe/mask_AP", "mask AP"), _percent("probe/mask_AP50", "mask AP50"),
     _percent("probe/mask_AP75", "mask AP75"), _percent("probe/mask_APs", "mask AP, small"),
     _percent("probe/mask_APm", "mask AP, medium"), _percent("probe/mask_APl", "mask AP, large"),
@@ -83,7 +84,7 @@ SECTIONS = (
     ), (), "No training step was finished."),
     Section("Stability", (
         Panel("gradient_norm", "norm of the gradient before clipping", scale="auto"),
-        Panel("loss_scale", "loss scale of float16", scale="log"),
+        Panel("loss_scale", "loss scale of float16", scale="powers of two"),
         Panel("skipped_steps", "skipped steps, in all"),
     ), (), "There is no norm of the gradient (optim.clip_grad=0) and no loss scale (engine.precision is not float16)."),
     Section("Speed", (
@@ -124,4 +125,4 @@ def is_log(scale: Scale, values: Sequence[np.ndarray]) -> bool:
     joined = finite(np.concatenate(list(values))) if values else np.empty(0)
     if not joined.size or joined.min() <= 0:
         return False
-    return scale == "log" or joined.max() / joined.min() > 10
+    return scale == "powers of two" or joined.max() / joined.min() > 10

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import mmap
 import struct
 from collections.abc import Iterator, Sequence
@@ -163,36 +162,54 @@ def _number(value: object) -> bool:
 
 def _fill(run: Run, prefix: str, rows: list[dict[str, Any]]) -> None:
     """Curves of every number in the rows; `X_std` and `X_interval` become the spread of X."""
-    columns: dict[str, tuple[list[int], list[Any]]] = {}
-    for row in rows:
-        step = row["step"] + 1
-        for key, value in row.items():
-            if _number(value) or (isinstance(value, list) and len(value) == 2 and all(map(_number, value))):
-                xs, ys = columns.setdefault(key, ([], []))
-                xs.append(step)
-                ys.append(value)
-    spreads = {key for key in columns if key.endswith(("_std", "_interval")) and key.rsplit("_", 1)[0] in columns}
-    for key, (xs, ys) in columns.items():
-        if key in ("step", "epoch") or key in spreads or (prefix == "probe/" and key in COUNTS) or _is_pair(ys):
+    columns, pairs = _columns(rows)
+    for key, (steps, values) in columns.items():
+        told = key.endswith("_std") and key.removesuffix("_std") in columns  # the spread of another
+        if key in ("step", "epoch") or told or (prefix == "probe/" and key in COUNTS):
             continue
-        curve = Curve(np.asarray(xs, dtype=np.int64), np.asarray(ys, dtype=np.float64))
-        _spread(curve, columns.get(f"{key}_std"), columns.get(f"{key}_interval"))
+        curve = Curve(steps + 1, values)
+        given, interval = columns.get(f"{key}_std"), pairs.get(f"{key}_interval")
+        if interval is not None and np.array_equal(interval[0], steps):
+            curve.low, curve.high = interval[1].T
+        elif given is not None and np.array_equal(given[0], steps):
+            curve.low, curve.high = values - given[1], values + given[1]
         run.curves[prefix + key] = curve
 
 
-def _is_pair(values: list[Any]) -> bool:
-    return isinstance(values[0], list)
+Columns = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
-def _spread(curve: Curve, std: tuple[list[int], list[Any]] | None, interval: tuple[list[int], list[Any]] | None):
-    given = interval if interval is not None and _is_pair(interval[1]) else std
-    if given is None or given[0] != curve.x.tolist():
-        return
-    values = np.asarray(given[1], dtype=np.float64)
-    if values.ndim == 2:
-        curve.low, curve.high = values[:, 0], values[:, 1]
-    else:
-        curve.low, curve.high = curve.y - values, curve.y + values
+def _columns(rows: list[dict[str, Any]]) -> tuple[Columns, Columns]:
+    """Steps and values of every number in the rows, and of every pair of numbers."""
+    alike: dict[tuple[str, ...], list[tuple[Any, ...]]] = {}  # rows of the same keys: few kinds, many rows
+    for row in rows:
+        alike.setdefault(tuple(row), []).append(tuple(row.values()))
+    found: tuple[dict[str, list], dict[str, list]] = {}, {}
+    for keys, given in alike.items():
+        columns = dict(zip(keys, zip(*given, strict=True), strict=True))
+        steps = columns["step"]
+        for key, values in columns.items():
+            if set(map(type, values)) <= {int, float}:
+                found[0].setdefault(key, []).append((steps, values))
+                continue
+            for place, fits in enumerate((_number, _pair)):  # among text, and figures that could not be taken
+                kept = [i for i, value in enumerate(values) if fits(value)]
+                if kept:
+                    found[place].setdefault(key, []).append(([steps[i] for i in kept], [values[i] for i in kept]))
+    return _joined(found[0]), _joined(found[1])
+
+
+def _joined(parts: dict[str, list]) -> Columns:
+    out = {}
+    for key, pieces in parts.items():
+        steps = np.concatenate([np.asarray(steps, dtype=np.int64) for steps, _ in pieces])
+        order = np.argsort(steps, kind="stable")
+        out[key] = steps[order], np.concatenate([np.asarray(v, dtype=np.float64) for _, v in pieces])[order]
+    return out
+
+
+def _pair(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_number, value))
 
 
 def _config(path: Path) -> dict[str, Any]:
@@ -261,4 +278,4 @@ def finite(values: np.ndarray) -> np.ndarray:
 def planned(run: Run) -> int | None:
     """The steps that the run was to take, where its last start says so."""
     steps = run.starts[-1].get("steps") if run.starts else None
-    return steps if isinstance(steps, int) and not math.isnan(steps) else None
+    return steps if isinstance(steps, int) else None

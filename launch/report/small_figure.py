@@ -9,7 +9,18 @@ from .figure import scaled, short, thin
 from .panels import Panel, is_log, sections
 from .read import Run
 
-_COLOURS = ("#2468b4", "#d1541f", "#2a8f5b", "#a33ea1", "#b58900", "#1797a6", "#c2334d", "#6b5bd2", "#7a6a53", "#5d7a1f")
+_COLOURS = (
+    "#2468b4",
+    "#d1541f",
+    "#2a8f5b",
+    "#a33ea1",
+    "#b58900",
+    "#1797a6",
+    "#c2334d",
+    "#6b5bd2",
+    "#7a6a53",
+    "#5d7a1f",
+)
 _FIRST = ("loss", "probe/linear", "probe/top1", "probe/miou", "probe/box_AP", "probe/knn", "probe/mask_AP",
           "collapse/rank_me", "adversary/loss_gain", "images_per_s", "lr")  # fmt: skip
 
@@ -24,7 +35,7 @@ def small_figure(runs: Sequence[Run], path: Path, over: str = "step") -> None:
     """Write the figure; needs matplotlib."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     panels = chosen(runs)
     drawn = Figure(figsize=(3.3 * len(panels), 2.9), dpi=150, layout="constrained")
@@ -38,16 +49,19 @@ def small_figure(runs: Sequence[Run], path: Path, over: str = "step") -> None:
             line = thin(scaled(run.curves[panel.key], panel, 1.0 if over == "step" else run.epochs_per_step or 1.0))
             lines.append(line)
             marker = "o" if len(line.x) <= 30 else None
-            (drawn_line,) = axis.plot(line.x, line.y, color=_COLOURS[i % 10], lw=1.4, marker=marker, ms=3, label=run.name)
+            (drawn_line,) = axis.plot(
+                line.x, line.y, color=_COLOURS[i % 10], lw=1.4, marker=marker, ms=3, label=run.name
+            )
             if line.averaged > 1 or line.whiskers:
                 axis.fill_between(line.x, line.low, line.high, color=drawn_line.get_color(), alpha=0.16, lw=0)
         if is_log(panel.scale, [part for line in lines for part in (line.low, line.high)]):
             axis.set_yscale("log")
             axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
-            axis.yaxis.set_minor_formatter(NullFormatter())
+            axis.yaxis.set_minor_locator(NullLocator())
         axis.set_title(panel.title + (f", {panel.unit}" if panel.unit else ""), fontsize=9)
         axis.set_xlabel("finished steps" if over == "step" else "epochs", fontsize=8)
+        for side in (axis.xaxis, axis.yaxis):
+            side.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
         axis.tick_params(labelsize=7)
         axis.grid(alpha=0.25, lw=0.6)
         axis.spines[["top", "right"]].set_visible(False)

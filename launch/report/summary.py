@@ -11,8 +11,8 @@ from .panels import SECTIONS
 from .read import Run, finite, planned
 
 NOTE = (
-    "Final loss: the mean of the last tenth of the steps, of 100 at most. On held-out images: the first figure → the last, "
-    "± half of the spread that was measured with it. Medians are over readings, one in monitor.log_every steps."
+    "Final loss: the mean of the last tenth of the steps, of 100 at most. On held-out images: the first figure → the "
+    "last, ± half of the spread that was measured with it. Medians are over readings, one in monitor.log_every steps."
 )
 
 
@@ -28,7 +28,14 @@ def table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     ]
     held_out = next(section for section in SECTIONS if section.title == "Held-out images")
     for panel in held_out.panels:
-        if panel.key.removeprefix("probe/") not in ("box_APs", "box_APm", "box_APl", "mask_APs", "mask_APm", "mask_APl"):
+        if panel.key.removeprefix("probe/") not in (
+            "box_APs",
+            "box_APm",
+            "box_APl",
+            "mask_APs",
+            "mask_APm",
+            "mask_APl",
+        ):
             title = panel.title + (f", {panel.unit}" if panel.unit else "")
             columns.append((title, [_first_to_last(run, panel.key, panel.factor) for run in runs]))
     columns += [
