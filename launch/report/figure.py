@@ -88,12 +88,17 @@ class Axis:
                 found = [value for value in found if self.low <= math.log10(value) <= self.high]
                 if len(found) >= 3:
                     return found[:: math.ceil(len(found) / (about + 2))]
-            return found
-        raw = (self.high - self.low) / about
-        unit = 10.0 ** math.floor(math.log10(raw))
-        step = next(unit * f for f in (1, 2, 2.5, 5, 10) if unit * f >= raw * 0.999)
-        first = math.ceil(self.low / step - 1e-9)
-        return [round(i * step, 12) for i in range(first, math.floor(self.high / step + 1e-9) + 1)]
+            return _round_values(10.0**self.low, 10.0**self.high, about)
+        return _round_values(self.low, self.high, about)
+
+
+def _round_values(low: float, high: float, about: int) -> list[float]:
+    """About so many multiples of 1, 2, 2.5 or 5 times a power of ten."""
+    raw = (high - low) / about
+    unit = 10.0 ** math.floor(math.log10(raw))
+    step = next(unit * f for f in (1, 2, 2.5, 5, 10) if unit * f >= raw * 0.999)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [float(f"{i * step:.12g}") for i in range(first, last + 1)]
 
 
 def short(value: float, digits: int = 4) -> str:
@@ -159,7 +164,7 @@ def figure(
         f'y2="{HEIGHT - BOTTOM}"/></svg>'
     )
     points = {
-        "x": [across.low, across.high, across.start / width, across.end / width],
+        "x": [float(f"{value:.8g}") for value in (across.low, across.high, across.start / width, across.end / width)],
         "runs": {i: _points(line) for i, line in lines.items()},
     }
     return svg, points
