@@ -71,6 +71,8 @@ setup(
             "tifffile>=2024.1",
             "pycocotools>=2.0.8",
             "huggingface_hub>=0.24",
+            "matplotlib>=3.8",
+            "wandb>=0.18",
         ],
         "detect": ["pycocotools>=2.0.8"],
         # setuptools: FFCV builds with it, and imports distutils when it runs, which Python left to it.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import uuid
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -51,10 +50,14 @@ class TensorBoard:
 
 def check_wandb(wanted: bool | str) -> None:
     """Raise UserError where `monitor.wandb` asks for a package that is not there."""
-    if wanted and find_spec("wandb") is None:
+    if not wanted:
+        return
+    try:
+        import wandb  # noqa: F401
+    except ImportError as error:
         raise UserError(
             "monitor.wandb needs the package wandb: python3 -m pip install wandb, or leave the setting out."
-        )
+        ) from error
 
 
 class Wandb:
