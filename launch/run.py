@@ -27,7 +27,7 @@ from .monitor import Monitor, peak_tflops, say
 from .nodes.hosts import check_hosts, check_shared_folder
 from .parts import Parts
 from .resume import check_same, describe, open_run, restore
-from .sinks import Sink, Wandb, check_wandb
+from .sinks import Sink, Wandb, load_wandb
 from .upkeep import Upkeep
 from .world import World, join
 
@@ -94,7 +94,8 @@ def run(
         folder = Path(str(config.run.dir))
         checkpoints = Checkpoints(folder, config.checkpoint.keep, world)
         hosts = check_hosts(config, world)
-        world.first_decides(lambda: check_wandb(config.monitor.wandb))
+        if config.monitor.wandb:
+            world.agree(lambda: load_wandb() if world.first else None)
         if measure_only and not folder.is_dir():
             raise UserError(f"There is no run in {folder} to measure; train it first, or name its run.dir.")
         saved, complaints = world.first_decides(lambda: open_run(folder, checkpoints, fresh, held))

@@ -48,16 +48,15 @@ class TensorBoard:
         self._writer.close()
 
 
-def check_wandb(wanted: bool | str) -> None:
-    """Raise UserError where `monitor.wandb` asks for a package that is not there."""
-    if not wanted:
-        return
+def load_wandb() -> Any:
+    """The package wandb; raises UserError where it is not there."""
     try:
-        import wandb  # noqa: F401
+        import wandb
     except ImportError as error:
         raise UserError(
             "monitor.wandb needs the package wandb: python3 -m pip install wandb, or leave the setting out."
         ) from error
+    return wandb
 
 
 class Wandb:
@@ -69,9 +68,7 @@ class Wandb:
     """
 
     def __init__(self, folder: Path, wanted: bool | str, name: str | None, config: Mapping[str, Any]):
-        import wandb
-
-        self._wandb = wandb
+        self._wandb = wandb = load_wandb()
         known = folder / "wandb_id.txt"
         if not known.exists():
             known.write_text(uuid.uuid4().hex[:12] + "\n", encoding="utf-8")

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import re
+import sys
 from html.parser import HTMLParser
 
 import numpy as np
@@ -259,6 +260,13 @@ def test_the_command_writes_page_and_figure(report, trained, tmp_path):
     with Image.open("small.png") as picture:
         picture.load()
         assert picture.width > 3 * picture.height and len(picture.convert("RGB").getcolors(1 << 20) or ()) > 50
+
+
+def test_without_matplotlib_one_sentence_says_what_to_install(report, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    write_run(tmp_path / "run", steps(0, 3, loss=1.0))
+    status, said = report("run", "--png", "small.png")
+    assert status == 2 and "python3 -m pip install matplotlib" in said and not (tmp_path / "report.html").exists()
 
 
 def test_evaluations_of_a_run_are_told(report, tmp_path):

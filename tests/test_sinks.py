@@ -3,13 +3,14 @@
 import json
 import struct
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 import elsewhere
 from elsewhere.launch.errors import UserError
-from elsewhere.launch.sinks import Wandb, check_wandb
+from elsewhere.launch.sinks import Wandb
 
 
 def records(path: Path):
@@ -27,6 +28,15 @@ def records(path: Path):
             whole = b""
 
 
+def rows_of(kept) -> list[dict]:
+    """What was logged, a dictionary for each call."""
+    return [
+        {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in one.history.item}
+        for one in kept
+        if one.HasField("history")
+    ]
+
+
 @pytest.fixture
 def offline(tmp_path, monkeypatch):
     """wandb without a network or an account; gives the runs that it wrote, oldest first."""
@@ -36,17 +46,15 @@ def offline(tmp_path, monkeypatch):
     for name, value in {"WANDB_MODE": "offline", "WANDB_CONFIG_DIR": str(tmp_path / "settings")}.items():
         monkeypatch.setenv(name, value)
 
-    def written(run: Path):
-        found = []
-        for path in sorted(run.glob("wandb/offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_mtime_ns):
-            kept = [Record.FromString(one) for one in records(path)]
-            rows = [
-                {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in one.history.item}
-                for one in kept
-                if one.WhichOneof("record_type") == "history"
-            ]
-            found.append((next(one.run for one in kept if one.WhichOneof("record_type") == "run"), rows, kept))
-        return found
+    def written(run: Path, lives: int = 1):
+        end = time.monotonic() + 30  # wandb's own process may still be writing the last of it
+        while True:
+            paths = sorted(run.glob("wandb/offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_mtime_ns)
+            found = [[Record.FromString(one) for one in records(path)] for path in paths]
+            if len(found) == lives and all(any(one.HasField("exit") for one in kept) for kept in found):
+                return [(next(one.run for one in kept if one.HasField("run")), rows_of(kept)) for kept in found]
+            assert time.monotonic() < end, f"{len(found)} of {lives} runs were written to their end"
+            time.sleep(0.1)
 
     return written
 
@@ -68,7 +76,7 @@ def test_numbers_and_pictures_are_those_of_tensorboard(train, offline):
     folder = train(**{"monitor.tensorboard": True})
     board = EventAccumulator(str(folder / "tensorboard"), size_guidance={"images": 0, "scalars": 0})
     board.Reload()
-    (about, rows, _) = offline(folder)[0]
+    about, rows = offline(folder)[0]
     assert about.project == "trials" and about.display_name == "run"
     for tag in board.Tags()["scalars"]:
         expected = {event.step: event.value for event in board.Scalars(tag)}
@@ -85,14 +93,14 @@ def test_numbers_and_pictures_are_those_of_tensorboard(train, offline):
 def test_a_run_that_goes_on_is_the_same_one(train, offline):
     folder = train(**{"optim.steps": 4})
     train(change=True, **{"optim.steps": 6})
-    lives = offline(folder)
-    assert len(lives) == 2 and len({about.run_id for about, *_ in lives}) == 1
-    logged = [[row["step"] for row in rows if "train/loss" in row] for _, rows, _ in lives]
+    lives = offline(folder, 2)
+    assert len({about.run_id for about, _ in lives}) == 1
+    logged = [[row["step"] for row in rows if "train/loss" in row] for _, rows in lives]
     assert logged == [[1, 3], [5]]
 
 
 def test_the_configuration_is_logged(train, offline):
-    (about, _, _) = offline(train())[0]
+    about, _ = offline(train())[0]
     found = {one.key: json.loads(one.value_json) for one in about.config.update}
     assert found["method"]["adversary"]["mode"] == "coordinate" and found["optim"]["batch_size"] == 16
 
@@ -112,9 +120,9 @@ def test_without_an_account_one_sentence_says_what_to_do(tmp_path, monkeypatch):
     wandb.teardown()
 
 
-def test_a_missing_package_is_one_sentence(monkeypatch):
+def test_a_missing_package_is_one_sentence_before_training(train, tmp_path, monkeypatch):
     """Of a process that finds no wandb, as where it is not installed."""
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="python3 -m pip install wandb"):
-        check_wandb(True)
-    check_wandb(False)
+        train()
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()

@@ -28,7 +28,7 @@ def add_report_command(commands: Any) -> None:
         "-o", "--output", type=Path, default=Path("report.html"), metavar="FILE", help="the page (report.html)"
     )
     command.add_argument(
-        "--png", type=Path, metavar="FILE", help="also a small figure, e.g. for a README (needs elsewhere[report])"
+        "--png", type=Path, metavar="FILE", help="also a small figure, e.g. for a README (needs matplotlib)"
     )
     command.add_argument("--names", metavar="A,B", help="what to call the runs (their folders)")
     command.add_argument("--over", choices=("step", "epoch"), default="step", help="the x axis of every figure (step)")
@@ -50,11 +50,12 @@ def run_report(arguments: argparse.Namespace) -> int:
     from ..evaluate import results
     from .page import evaluations_of, page
     from .read import find_runs, read_run, short_names
+    from .small_figure import load_matplotlib, small_figure
 
     for path in filter(None, (arguments.output, arguments.png)):
         _writable(path, arguments.force)
     if arguments.png:
-        _need_matplotlib()
+        load_matplotlib()
     folders = find_runs(arguments.runs)
     names = arguments.names.split(",") if arguments.names else short_names(folders)
     if len(names) != len(folders) or not all(names):
@@ -66,8 +67,6 @@ def run_report(arguments: argparse.Namespace) -> int:
     arguments.output.write_text(page(runs, arguments.over, evaluations), encoding="utf-8")
     said = [f"{arguments.output} ({arguments.output.stat().st_size / 1e6:.2g} MB)"]
     if arguments.png:
-        from .small_figure import small_figure
-
         small_figure(runs, arguments.png, arguments.over)
         said.append(str(arguments.png))
     steps = ", ".join(f"{run.name} {run.steps:,} steps" for run in runs)
@@ -82,13 +81,6 @@ def _writable(path: Path, force: bool) -> None:
         raise UserError(f"{path} is there already; choose another name, or pass --force to write over it.")
     if not os.access(path.parent, os.W_OK):
         raise UserError(f"{path}: its folder is not there or not writable; choose another.")
-
-
-def _need_matplotlib() -> None:
-    from importlib.util import find_spec
-
-    if find_spec("matplotlib") is None:
-        raise UserError("--png needs matplotlib: python3 -m pip install matplotlib (or elsewhere[report]).")
 
 
 def _have_epochs(runs: list[Run]) -> None:

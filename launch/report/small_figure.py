@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from ..errors import UserError
 from .figure import scaled, short, thin
 from .panels import Panel, is_log, sections
 from .read import Run
@@ -31,15 +33,23 @@ def chosen(runs: Sequence[Run], count: int = 4) -> list[Panel]:
     return [there[key] for key in _FIRST if key in there][:count]
 
 
+def load_matplotlib() -> tuple[Any, Any, Any]:
+    """Matplotlib's ticker, its figure and the canvas for PNG; raises UserError where it is not there."""
+    try:
+        from matplotlib import ticker
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError("--png needs matplotlib: python3 -m pip install matplotlib, or leave --png out.") from error
+    return ticker, Figure, FigureCanvasAgg
+
+
 def small_figure(runs: Sequence[Run], path: Path, over: str = "step") -> None:
     """Write the figure; needs matplotlib."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-
+    ticker, drawn_on, canvas = load_matplotlib()
     panels = chosen(runs)
-    drawn = Figure(figsize=(3.3 * len(panels), 2.9), dpi=150, layout="constrained")
-    FigureCanvasAgg(drawn)
+    drawn = drawn_on(figsize=(3.3 * len(panels), 2.9), dpi=150, layout="constrained")
+    canvas(drawn)
     axes = drawn.subplots(1, len(panels), squeeze=False)[0]
     for axis, panel in zip(axes, panels, strict=True):
         lines = []
@@ -56,12 +66,12 @@ def small_figure(runs: Sequence[Run], path: Path, over: str = "step") -> None:
                 axis.fill_between(line.x, line.low, line.high, color=drawn_line.get_color(), alpha=0.16, lw=0)
         if is_log(panel.scale, [part for line in lines for part in (line.low, line.high)]):
             axis.set_yscale("log")
-            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axis.yaxis.set_minor_locator(NullLocator())
+            axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_minor_locator(ticker.NullLocator())
         axis.set_title(panel.title + (f", {panel.unit}" if panel.unit else ""), fontsize=9)
         axis.set_xlabel("finished steps" if over == "step" else "epochs", fontsize=8)
         for side in (axis.xaxis, axis.yaxis):
-            side.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+            side.set_major_formatter(ticker.FuncFormatter(lambda value, _: short(value)))
         axis.tick_params(labelsize=7)
         axis.grid(alpha=0.25, lw=0.6)
         axis.spines[["top", "right"]].set_visible(False)
