@@ -138,8 +138,11 @@ class Monitor:
         """Read and write what is pending; raises NonFiniteLoss."""
         if not self._pending:
             return
-        names = sorted(self._pending[0][2])
-        values = torch.stack([torch.stack([loss, *(s[n] for n in names)]) for _, loss, s, _ in self._pending]).float()
+        names = sorted({name for _, _, scalars, _ in self._pending for name in scalars})
+        # Not every step has them all: a gradient's norm is there from the first step that was not skipped.
+        values = torch.stack(
+            [torch.stack([loss, *(s.get(n, torch.zeros_like(loss)) for n in names)]) for _, loss, s, _ in self._pending]
+        ).float()
         ranks = self.world.gather(values).cpu()  # [ranks, steps, 1 + names]
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
@@ -152,8 +155,9 @@ class Monitor:
             speed["mfu"] = round(rate * self.flops_per_image / (self.peak * 1e12 * self.world.size), 4)
         if self.world.device.type == "cuda":
             speed["memory_gb"] = round(torch.cuda.max_memory_allocated(self.world.device) / 1e9, 3)
-        for (step, _, _, facts), (loss, *rest) in zip(self._pending, means, strict=True):
-            row = {"step": step, "loss": loss, **facts, **dict(zip(names, rest, strict=True))}
+        for (step, _, scalars, facts), (loss, *rest) in zip(self._pending, means, strict=True):
+            known = {name: value for name, value in zip(names, rest, strict=True) if name in scalars}
+            row = {"step": step, "loss": loss, **facts, **known}
             self._write({**row, **(speed if step == steps[-1] else {})})
             last = row
             self._count(row)
