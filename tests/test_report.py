@@ -304,6 +304,12 @@ def test_what_is_wrong_is_one_sentence(report, tmp_path, arguments, words):
     assert not (tmp_path / "report.html").exists() and (tmp_path / "there.html").read_text() == "mine"
 
 
+def test_results_that_cannot_be_read_are_left_out_with_a_line(report, tmp_path):
+    (write_run(tmp_path / "run", steps(0, 3, loss=1.0)) / "results.json").write_text("[")
+    status, said = report("run")
+    assert status == 0 and "results.json holds no results that can be read" in said
+
+
 def test_force_writes_over(report, tmp_path):
     write_run(tmp_path / "run", steps(0, 3, loss=1.0))
     (tmp_path / "report.html").write_text("old")

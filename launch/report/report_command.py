@@ -63,7 +63,13 @@ def run_report(arguments: argparse.Namespace) -> int:
     runs = [read_run(folder, name, arguments.pictures) for folder, name in zip(folders, names, strict=True)]
     if arguments.over == "epoch":
         _have_epochs(runs)
-    evaluations = [evaluations_of(results.read(folder)) for folder in folders]
+    evaluations = []
+    for folder in folders:
+        try:
+            evaluations.append(evaluations_of(results.read(folder)))
+        except UserError:
+            evaluations.append([])
+            print(f"{folder / 'results.json'} holds no results that can be read; it is left out.")
     arguments.output.write_text(page(runs, arguments.over, evaluations), encoding="utf-8")
     said = [f"{arguments.output} ({arguments.output.stat().st_size / 1e6:.2g} MB)"]
     if arguments.png:
