@@ -88,7 +88,7 @@ def facts(config: Config, world: World, parts: Parts, start: str) -> dict[str, s
     choices = method.kernel_choices(world.device)
     kernels = "; ".join(f"{path}: {choice.operator} ({choice.why})" for path, choice in choices.items())
     return {
-        "run": f"{config.run.dir}  (recipe: {config.about})" if config.about else config.run.dir,
+        "run": f"{config.run.dir}  (recipe: {config.about})" if config.about else str(config.run.dir),
         "hardware": hardware(world),
         "versions": versions_line(config),
         "engine": _engine(config, world),

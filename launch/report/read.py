@@ -235,7 +235,7 @@ def read_pictures(folder: Path) -> dict[str, dict[int, bytes]]:
     The event is TensorBoard's own; its records are framed here, since its reader checks them in Python, byte by byte:
     140,000 events took it 4.8 s.
     """
-    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 
     found: dict[str, dict[int, bytes]] = {}
     for path in sorted(folder.glob("events.out.tfevents.*")):
