@@ -62,6 +62,7 @@ setup(
     extras_require={
         "test": [
             "pytest>=8.0",
+            "pytest-xdist>=3.5",
             "psutil>=5.9",
             "hypothesis>=6.100",
             "transformers>=4.45",
@@ -70,7 +71,6 @@ setup(
             "setuptools>=70.1",
             "tifffile>=2024.1",
             "pycocotools>=2.0.8",
-            "huggingface_hub>=0.24",
             "matplotlib>=3.8",
             "wandb>=0.18",
         ],
@@ -80,6 +80,7 @@ setup(
         "report": ["matplotlib>=3.8"],
         "wandb": ["wandb>=0.18"],
         "tiff": ["tifffile>=2024.1"],
+        "docs": ["mkdocs-material>=9.5", "latex2mathml>=3.77"],
         "lint": ["ruff>=0.9", "pyright>=1.1.390"],
     },
     entry_points={"console_scripts": ["elsewhere = elsewhere.launch.cli:main"]},
