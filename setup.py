@@ -71,8 +71,6 @@ setup(
             "setuptools>=70.1",
             "tifffile>=2024.1",
             "pycocotools>=2.0.8",
-            "matplotlib>=3.8",
-            "wandb>=0.18",
         ],
         "detect": ["pycocotools>=2.0.8"],
         # setuptools: FFCV builds with it, and imports distutils when it runs, which Python left to it.
