@@ -64,3 +64,31 @@ def run_bench_step(arguments: argparse.Namespace) -> dict[str, Any]:
 
     print_step_table(result)
     return result
+
+
+def add_bench_all(parts: Any) -> None:
+    """Add `all` to `parts`, what `add_subparsers` of `bench` returned."""
+    text = "Masks, kernels, readers, whole steps and engines of this machine, one after the other, into one page."
+    every = parts.add_parser("all", help=text, description=text)
+    every.add_argument("--quick", action="store_true", help="a few minutes, for whether everything runs")
+    every.add_argument("--data", metavar="FOLDER", help="a folder of classes for the readers (pictures are made up)")
+    every.add_argument("--only", type=_listed, metavar="A,B", help="some of masks, kernels, data, step, engines")
+    every.add_argument(
+        "-o", "--output", type=Path, metavar="PATH",
+        help="the page, or its folder (MACHINE_DATE.md in docs/benchmarks where that is here, else in this folder)",
+    )  # fmt: skip
+    every.add_argument("--force", action="store_true", help="write over a page that is there")
+
+
+def _listed(text: str) -> list[str]:
+    return [item for item in text.split(",") if item]
+
+
+def run_bench_all(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Run `elsewhere bench all` and say where its page is; raises UserError for something to mend."""
+    from .bench_all import bench_all, new_page
+
+    path = new_page(arguments.output, arguments.force)  # before minutes of measuring
+    result = bench_all(path, arguments.quick, arguments.data, arguments.only)
+    print(f"Written to {path}.")
+    return result

@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence  # noqa: E402
 from importlib.metadata import version  # noqa: E402
 from typing import TYPE_CHECKING, Any, NoReturn  # noqa: E402
 
-from .bench_commands import add_bench_step, run_bench_step  # noqa: E402
+from .bench_commands import add_bench_all, add_bench_step, run_bench_all, run_bench_step  # noqa: E402
 from .consolidate import add_consolidate_command, run_consolidate  # noqa: E402
 from .errors import UserError, first_of_machine, print_error  # noqa: E402
 from .evaluate.detect_command import add_detect_command, run_detect  # noqa: E402
@@ -117,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench.add_parser("data", help=text, description=text).add_argument("folder", help="a folder of classes of images")
     add_bench_step(bench)
+    add_bench_all(bench)
     text = (
         "What engines cost: our loop against a bare one, steps beside a checkpoint being written, and bytes on each "
         "rank; alone or under torchrun."
@@ -290,6 +291,8 @@ def _bench(arguments: argparse.Namespace) -> int:
         if os.environ.get("RANK", "0") != "0":
             return 0
         print_engines_tables(result)
+    elif arguments.part == "all":
+        result = run_bench_all(arguments)
     else:
         result = run_bench_step(arguments)
     if arguments.json:
