@@ -57,7 +57,7 @@ def machine() -> str:
 
 
 def slug(name: str) -> str:
-    """A machine's name as a part of a file's: small letters and numbers, no trade marks, clock rate or filling words."""
+    """A name as a part of a file's: small letters and numbers, without trade marks, clock rates and filling words."""
     name = re.sub(r"\((r|tm|c)\)|@.*|\b(cpu|processor|with)\b", " ", name.lower())
     return re.sub(r"[^a-z0-9]+", "_", name).strip("_") or "machine"
 
