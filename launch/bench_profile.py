@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-from torch.autograd import DeviceType
 from torch.autograd.profiler import record_function
 from torch.profiler import ProfilerActivity, profile
 
@@ -54,7 +53,7 @@ def _operators(profiler: profile, gpu: bool) -> list[dict[str, Any]]:
     for event in profiler.key_averages():
         # A kernel's time is also that of the operator which launched it.
         own = event.self_device_time_total if gpu else event.self_cpu_time_total
-        if event.device_type == DeviceType.CPU and event.key not in (*PARTS, _STEP) and own > 0:
+        if event.device_type.name == "CPU" and event.key not in (*PARTS, _STEP) and own > 0:
             spent[event.key] = (event.count, own)
     total = sum(own for _, own in spent.values())
     top = sorted(spent.items(), key=lambda item: -item[1][1])[:_TOP]

@@ -188,8 +188,8 @@ def _run(pipe: Connection, recipe: str, overrides: list[str], batch: int | None,
             while True:
                 what, about = pipe.recv()
                 pipe.send(training.turn(about) if what == "turn" else _figures(training, about))
-        except EOFError:
-            pass  # all is measured
+        except (EOFError, KeyboardInterrupt):
+            pass  # all is measured, or nothing more is wanted
         except (UserError, DataError) as error:
             pipe.send(str(error))
         except Exception as error:  # a compiler's, a driver's, or memory's: the other cases go on
