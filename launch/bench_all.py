@@ -125,7 +125,7 @@ def _head(quick: bool, images: str | None, loads: list[float]) -> list[str]:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     lines = [
         f"# {machine()}, {date.today().isoformat()}", "",
-        f"`elsewhere bench all{' --quick' if quick else ''}`. How to read the tables: [steps.md](steps.md).", "",
+        f"`elsewhere bench all{' --quick' if quick else ''}`; `docs/benchmarks/steps.md` explains whole steps.", "",
         "| | |", "|---|---|", f"| GPU | {gpu} |", f"| processor | {processor()}, {cores()} cores, {memory:.0f} GB |",
         f"| load average | {loads[0]:.1f} before, {loads[1]:.1f} after |",
         f"| images of the readers | {'made up' if images is None else 'a folder of photos'} |",
@@ -135,7 +135,7 @@ def _head(quick: bool, images: str | None, loads: list[float]) -> list[str]:
         with contextlib.suppress(PackageNotFoundError):
             lines.append(f"| {name} | {version(name)} |")
     if quick:
-        lines += ["", "Measured quickly, for whether everything runs: a figure may be off by a third."]
+        lines += ["", "Measured quickly, to see that everything runs: of few rounds, so that a figure says little."]
     return [*lines, ""]
 
 
