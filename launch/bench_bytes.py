@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .bench_loops import fixed_batches, fresh_method
-from .bench_step import _resident
+from .bench_batches import fixed_batches
+from .bench_clock import resident
+from .bench_loops import fresh_method
 from .config import Config
 from .engine.base import Engine
 from .engine.choose import build_engine
@@ -98,7 +99,7 @@ def _anonymous() -> int:
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-    return _resident("RssAnon")
+    return resident("RssAnon")
 
 
 def bytes_held(config: Config, world: World, batch: int) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,10 +16,14 @@ _ROUNDS = 20
 
 
 class Clock:
-    """Events of a GPU's stream, or CPU time of this process, which others on a shared machine do not count into."""
+    """Events of a GPU's stream, or CPU time of this process, which others on a shared machine do not count into.
 
-    def __init__(self, device: torch.device):
+    With `wall` the time that passes, in place of CPU time: for what is compared with whole steps.
+    """
+
+    def __init__(self, device: torch.device, wall: bool = False):
         self.device, self.gpu = device, device.type == "cuda"
+        self._host = time.perf_counter if wall else time.process_time
         properties = torch.cuda.get_device_properties(device) if self.gpu else None
         # Bytes that inputs have to exceed to come from memory; unknown of a CPU.
         self.cache = getattr(properties, "L2_cache_size", 64 << 20) if self.gpu else 0
@@ -26,9 +31,9 @@ class Clock:
     def milliseconds(self, step: Callable[[], Any]) -> float:
         """Time of one call of `step`."""
         if not self.gpu:
-            start = time.process_time()
+            start = self._host()
             step()
-            return (time.process_time() - start) * 1e3
+            return (self._host() - start) * 1e3
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda._sleep(_HEAD_START)
         start.record()
@@ -70,3 +75,9 @@ class Clock:
     def _typical(self, step: Callable[[], Any]) -> float:
         """Median seconds of a step after some that warm up."""
         return statistics.median([self.milliseconds(step) for _ in range(_ROUNDS)][3:]) / 1e3
+
+
+def resident(field: str) -> int:
+    """Bytes in memory of this process: `VmRSS` now, `VmHWM` at most (getrusage's counts the parent's before exec)."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return next(1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith(field))

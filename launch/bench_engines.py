@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 from ..data.batch import Batch
+from .bench_batches import fixed_batches
 from .bench_bytes import STATES, bytes_held
-from .bench_loops import ADVERSARY_LR, LR, deepspeed_settings, fixed_batches, fresh_method, overhead
+from .bench_loops import ADVERSARY_LR, LR, deepspeed_settings, fresh_method, overhead
 from .checkpoint import Checkpoints
 from .config import Config, load_config, refuse_task
 from .engine.base import Engine

@@ -14,7 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from rich.console import Console
@@ -27,7 +26,8 @@ from torch.optim import Optimizer
 from ..data.batch import Batch
 from ..models.jepa import Jepa
 from ..models.method import Method
-from .build import build_adversary, build_masks, build_method, build_optimizer, build_schedules
+from .bench_batches import fixed_batches
+from .build import build_adversary, build_method, build_optimizer, build_schedules
 from .checkpoint import Checkpoints
 from .config import Config
 from .engine.choose import build_engine
@@ -58,33 +58,11 @@ def fresh_method(config: Config, world: World) -> Method:
     return method
 
 
-def fixed_batches(config: Config, world: World, batch: int, count: int = 4) -> list[Batch]:
-    """Batches of random pixels with the recipe's masks, other ones on each rank, on its device."""
-    grid = tuple(side // config.model.patch_size for side in config.model.image_size)
-    masks = build_masks(config, grid)  # pyright: ignore[reportArgumentType]
-    views = (config.data.views,) if config.data.views > 1 else ()
-    shape = (batch, *views, config.model.channels, *config.model.image_size)
-    generator = torch.Generator().manual_seed(config.seed + world.rank)
-    out = []
-    for number in range(count):
-        ids = (number * world.size + world.rank) * batch + np.arange(batch)
-        made = masks(config.seed, 0, 0, ids)
-        drawn = {name: getattr(made, name) for name in ("context", "targets", "visible")}
-        parts: dict[str, Any] = {name: torch.from_numpy(part) for name, part in drawn.items() if part is not None}
-        zeros = torch.zeros(batch, dtype=torch.int64)
-        images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-        made = Batch(
-            images=images, sample_ids=torch.from_numpy(ids), labels=zeros, epochs=zeros.clone(), step=number, **parts
-        )
-        out.append(made.to(world.device))
-    return out
-
-
-def constant_schedules(config: Config) -> Schedules:
-    """Schedules that stand still at a rate that suits every recipe."""
+def constant_schedules(config: Config, rate: float = LR) -> Schedules:
+    """Schedules that stand still, at a rate that suits every recipe."""
     decay, momentum = config.optim.weight_decay, config.method.teacher.momentum
     return replace(
-        build_schedules(config, 1000.0), lr=LR, start_lr=LR, final_lr=LR, warmup_epochs=0, weight_decay=decay,
+        build_schedules(config, 1000.0), lr=rate, start_lr=rate, final_lr=rate, warmup_epochs=0, weight_decay=decay,
         final_weight_decay=decay, momentum=momentum, final_momentum=momentum, freeze_lr=None, freeze_weight_decay=None,
     )  # fmt: skip
 

@@ -144,9 +144,10 @@ def _run(
     os.environ.update(environment)
     import torch
 
+    from .bench_batches import fixed_batches
     from .bench_collectives import measure_network
     from .bench_engines import _stepper
-    from .bench_loops import fixed_batches, fresh_method
+    from .bench_loops import fresh_method
     from .engine.choose import build_engine, check_engine
     from .monitor import hardware
     from .world import join

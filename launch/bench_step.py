@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
+import os
 import platform
 import re
 import statistics
-import time
+import tempfile
+import warnings
 from collections.abc import Sequence
 from datetime import date
 from itertools import product
@@ -14,14 +17,20 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from .config import load_config, refuse_task
 from .errors import UserError
+from .nodes.place import find_place
+
+# What `--vary` calls some settings; `engine` is not one but several (`engine_settings`).
+SHORT = {
+    "compile": "engine.compile", "checkpointing": "engine.activation_checkpointing", "precision": "engine.precision",
+}  # fmt: skip
 
 
 def variants(recipes: Sequence[str], overrides: Sequence[str], vary: Sequence[str]) -> list[tuple[str, list[str]]]:
     """Recipe and overrides of every case: each recipe with every combination of the `key=a,b` in `vary`.
 
-    Raises UserError for a `vary` without a key or with a single value.
+    A key may be one of `SHORT`, or `engine`, whose values are ddp, fsdp and settings of DeepSpeed. Raises UserError for
+    a `vary` without a key or with a single value.
     """
     axes = []
     for item in vary:
@@ -29,157 +38,172 @@ def variants(recipes: Sequence[str], overrides: Sequence[str], vary: Sequence[st
         choices = re.split(r",(?![^\[]*\])", values)  # commas of a list part nothing
         if not key or len(choices) < 2:
             raise UserError(f"--vary {item} compares nothing; write key=a,b, e.g. --vary model.relative.terms=none,k.")
-        axes.append([f"{key}={choice}" for choice in choices])
-    return [(recipe, [*overrides, *combination]) for recipe in recipes for combination in product(*axes)]
+        axes.append([_settings(key, choice) for choice in choices])
+    return [
+        (recipe, [*overrides, *(setting for chosen in combination for setting in chosen)])
+        for recipe in recipes
+        for combination in product(*axes)
+    ]
+
+
+def _settings(key: str, value: str) -> list[str]:
+    if key == "engine":
+        from .bench_engines import engine_settings
+
+        return engine_settings(value)
+    return [f"{SHORT.get(key, key)}={value}"]
 
 
 def bench_step(
-    cases: Sequence[tuple[str, list[str]]], batch: int | None = None, steps: int = 3, rounds: int = 5
+    cases: Sequence[tuple[str, list[str]]],
+    batch: int | None = None,
+    steps: int | None = None,
+    rounds: int = 5,
+    real: bool = False,
+    trace: Path | None = None,
 ) -> dict[str, Any]:
-    """Time whole steps (forward, backward, optimiser, teacher or adversary) of `(recipe, overrides)` cases in turn.
+    """Time whole steps of `(recipe, overrides)` cases in turns, and in turns of their own the parts of a step.
 
-    Each case is a process of its own that waits while the others run; `batch` is images per step, `steps` those of
-    one turn. Returns machine, versions, date and `rows` with images per second (median, least and most of the rounds)
-    and peak memory in bytes: allocated on a GPU, else what the process grew by. Raises UserError for a case that
-    cannot be built.
+    Each case is a process of its own that waits while the others run; `batch` is images per step, `steps` those of one
+    turn (3, on a GPU `monitor.log_every`). Batches are random ones in memory, or with `real` come from the loader of
+    the case's data. The one case of a run with `trace` is also profiled into that file. Returns machine, versions,
+    date, load and `rows`; of a case that cannot be built or ends early, `failure` says why in place of figures. Raises
+    UserError for settings that are not possible, and where no case is left.
     """
-    for recipe, overrides in cases:  # before the first is built: that takes seconds
-        config = load_config(recipe, overrides)
-        if config.method.kind != "classify":
-            refuse_task(config, "`elsewhere bench step`")
-    context = multiprocessing.get_context("spawn")
-    children, rows = [], []
-    try:
-        for recipe, overrides in cases:
-            ours, theirs = context.Pipe()
-            child = context.Process(target=_run, args=(theirs, recipe, overrides, batch), daemon=True)
-            child.start()
-            children.append((child, ours))
-            theirs.close()
-            about = _ask(ours)  # one after the other, so that none is built while another is measured
-            rows.append({"recipe": recipe, "overrides": overrides, **about, "rates": []})
-        for _ in range(rounds):
-            for row, (_, pipe) in zip(rows, children, strict=True):
-                row["rates"].append(row["batch"] * steps / _ask(pipe, steps))
-        for row, (_, pipe) in zip(rows, children, strict=True):
-            rates = row.pop("rates")
-            row |= {"images_per_second": statistics.median(rates), "least": min(rates), "most": max(rates)}
-            row["peak_bytes"] = _ask(pipe, 0)
-    finally:
-        for child, pipe in children:
-            pipe.close()
-            child.join(10)
-            child.kill()
-    import torch
-
-    hardware = rows[0]["hardware"]
-    return {"hardware": hardware, "torch": torch.__version__, "python": platform.python_version(),
-            "date": date.today().isoformat(), "steps": steps, "rounds": rounds, "rows": rows}  # fmt: skip
-
-
-def _ask(pipe: Connection, steps: int | None = None) -> Any:
-    """Send a child a number of steps (0: for its memory) and wait for its answer."""
-    try:
-        if steps is not None:
-            pipe.send(steps)
-        answer = pipe.recv()
-    except (EOFError, ConnectionError) as error:  # a broken pipe, too: the command line would end with status 0
-        raise UserError("A measured process ended early, likely for want of memory; lower --batch.") from error
-    if isinstance(answer, UserError):
-        raise answer
-    return answer
-
-
-def _run(pipe: Connection, recipe: str, overrides: list[str], batch: int | None) -> None:
-    """The child: build the case, then take as many steps as it is asked for and say how long they took."""
-    try:
-        step, about, memory = _build(recipe, overrides, batch)
-    except UserError as error:
-        pipe.send(error)
-        return
-    pipe.send(about)
-    while True:
-        try:
-            steps = pipe.recv()
-        except EOFError:
-            return
-        pipe.send(step(steps) if steps else memory())
-
-
-def _build(recipe: str, overrides: list[str], batch: int | None):
-    """The function that takes n steps and returns their seconds, what is to say about it, and its peak memory."""
-    import numpy as np
-    import torch
-
-    from ..data.batch import Batch
-    from .build import build_masks, build_method, choose_kernels
-    from .engine.choose import build_engine
-    from .engine.precision import choose_precision
-    from .monitor import hardware
-    from .world import join
-
-    config = load_config(recipe, overrides)
-    world = join(config.engine.device, group=config.engine.kind != "ddp")
-    cuda = world.device.type == "cuda"
-    batch = batch or config.loader.micro_batch or (128 if cuda else 8)
-    before = _resident("VmRSS")
-    method = build_method(config)
-    choose_kernels(method, world.device)  # which says what cannot be had
-    masks = build_masks(config, method.encoder.grid)
-    method.compute_dtype, _ = choose_precision(config.engine.precision, world.device)
-    # Batches here are of one micro-batch, whatever the recipe's.
-    config = config.model_copy(update={"optim": config.optim.model_copy(update={"batch_size": batch})})
-    engine = build_engine(config, method, world, batch, 1)
-    for group in engine.optimizer.param_groups:  # a rate at which nothing runs away, whatever the recipe's
-        group["lr"] = 1e-6
-    ids = np.arange(batch)
-    views = (config.data.views,) if config.data.views > 1 else ()
-    shape = (batch, *views, config.model.channels, *config.model.image_size)
-    made = masks(config.seed, 0, 0, ids) if masks else None
-    drawn = {name: getattr(made, name, None) for name in ("context", "targets", "visible")}
-    parts: dict[str, Any] = {name: torch.from_numpy(part) for name, part in drawn.items() if part is not None}
-    data = Batch(
-        images=torch.randint(0, 256, shape, dtype=torch.uint8), sample_ids=torch.from_numpy(ids),
-        labels=torch.zeros(batch, dtype=torch.int64), epochs=torch.zeros(batch, dtype=torch.int64), step=0, **parts,
-    ).to(world.device)  # fmt: skip
-
-    def take(steps: int) -> float:
-        start = time.perf_counter()
-        for _ in range(steps):
-            engine.forward_backward(data, 0)
-            if engine.step(1e-6):
-                engine.after_step(0.99)
-        if cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
-    def memory() -> int:
-        if cuda:
-            return torch.cuda.max_memory_allocated()
-        return _resident("VmHWM") - before
-
-    take(2)  # the first steps pay for caches and the optimiser's state
-    dtype = str(method.compute_dtype).removeprefix("torch.")
-    return take, {"batch": batch, "precision": dtype, "hardware": hardware(world)}, memory
-
-
-def _resident(field: str) -> int:
-    """Bytes in memory of this process: `VmRSS` now, `VmHWM` at most (getrusage's counts the parent's before exec)."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return next(1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith(field))
-
-
-def print_step_table(result: dict[str, Any]) -> None:
-    """Print what `bench_step` returned, a line for each case, with the ratio to the first."""
-    rows = result["rows"]
-    print(f"{result['hardware']}, torch {result['torch']}, Python {result['python']}, {result['date']}")
-    names = [" ".join([row["recipe"], *row["overrides"]]) for row in rows]
-    width = max(map(len, names))
-    print(f"{'case':{width}} {'batch':>5} {'images/s':>9} {'least–most':>17} {'ratio':>6} {'peak GB':>8}  precision")
-    for name, row in zip(names, rows, strict=True):
-        spread = f"{row['least']:,.1f}–{row['most']:,.1f}"
-        ratio = row["images_per_second"] / rows[0]["images_per_second"]
-        print(
-            f"{name:{width}} {row['batch']:>5} {row['images_per_second']:>9,.1f} {spread:>17} {ratio:>6.2f} "
-            f"{row['peak_bytes'] / 1e9:>8.2f}  {row['precision']}"
+    if find_place().size > 1:
+        raise UserError(
+            "`elsewhere bench step` measures one process: start it without a launcher, or measure ranks by `elsewhere "
+            "bench scaling RECIPE --ranks 1,2,4`, which starts them itself."
         )
+    if trace is not None and len(cases) > 1:
+        raise UserError(f"--profile traces one case and these are {len(cases)}: name one recipe, without --vary.")
+    from .bench_training import case_config
+
+    configs = [case_config(*case) for case in cases]  # before the first is built: that takes seconds
+    if real and any(not config.data.path for config in configs):
+        raise UserError("--data without a path takes the recipe's own, which has none: write --data FOLDER.")
+    load, rows = os.getloadavg(), [{"recipe": recipe, "overrides": overrides} for recipe, overrides in cases]
+    children: list[_Case] = []
+    try:
+        for row, (recipe, overrides) in zip(rows, cases, strict=True):
+            child = _Case(recipe, overrides, batch, real)
+            children.append(child)
+            row |= child.answer() or {}  # one after the other, so that none is built while another is measured
+        turns: list[list[dict[str, Any]]] = [[] for _ in cases]
+        for number in range(rounds):
+            for i in range(len(cases)) if number % 2 == 0 else reversed(range(len(cases))):
+                found = children[i].ask("turn", steps or rows[i].get("turn"))
+                turns[i] += [found] if found else []
+        for row, child, taken in zip(rows, children, turns, strict=True):
+            found = child.ask("figures", trace)
+            if found:
+                row |= found | _summary(row, taken, steps or row["turn"], found["flops_per_image"])
+            row["failure"] = child.failure
+    finally:
+        for child in children:
+            child.close()
+    if all(row["failure"] for row in rows):
+        raise UserError(rows[0]["failure"])
+    import torch
+
+    from .bench_data import processor
+
+    measured = next(row for row in rows if not row["failure"])
+    facts = {name: measured[name] for name in ("hardware", "threads")}
+    for row in rows:
+        for name in ("hardware", "threads", "turn"):
+            row.pop(name, None)
+    return {
+        **facts, "processor": processor(), "torch": torch.__version__, "python": platform.python_version(),
+        "date": date.today().isoformat(), "load": [load[0], os.getloadavg()[0]],
+        "steps": steps or measured["steps"], "rounds": rounds,
+        "real_data": real, "rows": rows,
+    }  # fmt: skip
+
+
+def _summary(row: dict[str, Any], turns: list[dict[str, Any]], steps: int, flops: float) -> dict[str, Any]:
+    """The figures of a case of all its turns."""
+    rates = [row["batch"] * steps / turn["seconds"] for turn in turns]
+    by_whole = sorted(turns, key=lambda turn: sum(turn["parts"].values()))
+    return {
+        "steps": steps, "images_per_second": statistics.median(rates), "least": min(rates), "most": max(rates),
+        "milliseconds": 1e3 * row["batch"] / statistics.median(rates),
+        # Of one turn, the middle one: medians of parts would not add up.
+        "parts": by_whole[(len(turns) - 1) // 2]["parts"],
+        "matrix_rate": statistics.median(turn["matrix_rate"] for turn in turns),
+        "mfu": statistics.median(
+            rate * flops / turn["matrix_rate"] for rate, turn in zip(rates, turns, strict=True)
+        ),
+    }  # fmt: skip
+
+
+class _Case:
+    """A process that takes the steps of one case; after a failure it is asked no more, and answers None."""
+
+    def __init__(self, recipe: str, overrides: list[str], batch: int | None, real: bool):
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        # No daemon: those may have no loader processes. It ends when its pipe is closed.
+        self._process = context.Process(target=_run, args=(theirs, recipe, overrides, batch, real))
+        self._process.start()
+        theirs.close()
+        self.failure: str | None = None
+
+    def ask(self, what: str, about: Any = None) -> dict[str, Any] | None:
+        if self.failure is not None:
+            return None
+        with contextlib.suppress(ConnectionError):  # its end of the pipe says so again, after what it last wrote there
+            self._pipe.send((what, about))
+        return self.answer()
+
+    def answer(self) -> dict[str, Any] | None:
+        try:
+            answer = self._pipe.recv()
+        except (EOFError, ConnectionError):
+            answer = "A measured process ended early, likely for want of memory; lower --batch."
+        if isinstance(answer, str):
+            self.failure = answer
+            return None
+        return answer
+
+    def close(self) -> None:
+        self._pipe.close()
+        self._process.join(10)
+        self._process.kill()
+        self._process.join()
+
+
+def _run(pipe: Connection, recipe: str, overrides: list[str], batch: int | None, real: bool) -> None:
+    """The child: build the case, then do what it is asked for; a sentence is why it cannot."""
+    from ..data.images import DataError
+    from ..kernels.dispatch import said
+    from .bench_training import Training
+
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")  # of names that torch itself uses
+    with tempfile.TemporaryDirectory(prefix="bench-step-") as folder:
+        training = None
+        try:
+            training = Training(recipe, overrides, batch, real, Path(folder))
+            pipe.send(training.about())
+            while True:
+                what, about = pipe.recv()
+                pipe.send(training.turn(about) if what == "turn" else _figures(training, about))
+        except (EOFError, KeyboardInterrupt):
+            pass  # all is measured, or nothing more is wanted
+        except (UserError, DataError) as error:
+            pipe.send(str(error))
+        except Exception as error:  # a compiler's, a driver's, or memory's: the other cases go on
+            pipe.send(said(error))
+        finally:
+            if training is not None:
+                training.close()
+
+
+def _figures(training: Any, trace: Path | None) -> dict[str, Any]:
+    """What is measured once, after the turns, which it would disturb."""
+    found = {"peak_bytes": training.memory(), **training.flops()}
+    if trace is not None:
+        from .bench_profile import profile_steps
+
+        found["profile"] = profile_steps(training, trace)
+    return found

@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence  # noqa: E402
 from importlib.metadata import version  # noqa: E402
 from typing import TYPE_CHECKING, Any, NoReturn  # noqa: E402
 
+from .bench_commands import add_bench_all, add_bench_step, run_bench_all, run_bench_step  # noqa: E402
 from .consolidate import add_consolidate_command, run_consolidate  # noqa: E402
 from .doctor.command import add_doctor_command, run_doctor  # noqa: E402
 from .errors import UserError, first_of_machine, print_error  # noqa: E402
@@ -129,15 +130,8 @@ def _parser() -> argparse.ArgumentParser:
         "installed), against ImageFolder + Pillow."
     )
     bench.add_parser("data", help=text, description=text).add_argument("folder", help="a folder of classes of images")
-    text = "Whole training steps of recipes and their variants, interleaved in one run, on random images."
-    step = bench.add_parser("step", help=text, description=text)
-    step.add_argument(
-        "recipes", nargs="+", metavar="RECIPE|key=value", help="recipes to compare, and settings for all of them"
-    )
-    step.add_argument("--vary", action="append", default=[], metavar="key=a,b", help="also compare these values")
-    step.add_argument("--batch", type=positive, help="images per step (8 on a CPU, 128 on a GPU, or micro_batch)")
-    step.add_argument("--steps", type=positive, default=3, help="steps of one turn")
-    step.add_argument("--rounds", type=positive, default=5, help="turns of each case")
+    add_bench_step(bench)
+    add_bench_all(bench)
     text = (
         "What engines cost: our loop against a bare one, steps beside a checkpoint being written, and bytes on each "
         "rank; alone or under torchrun."
@@ -311,15 +305,10 @@ def _bench(arguments: argparse.Namespace) -> int:
         if os.environ.get("RANK", "0") != "0":
             return 0
         print_engines_tables(result)
+    elif arguments.part == "all":
+        result = run_bench_all(arguments)
     else:
-        from .bench_step import bench_step, print_step_table, variants
-
-        recipes = [item for item in arguments.recipes if "=" not in item]
-        if not recipes:
-            raise UserError("Name a recipe to measure, e.g. elsewhere bench step cifar10_maeplus_rpe.")
-        cases = variants(recipes, [item for item in arguments.recipes if "=" in item], arguments.vary)
-        result = bench_step(cases, arguments.batch, arguments.steps, arguments.rounds)
-        print_step_table(result)
+        result = run_bench_step(arguments)
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1), encoding="utf-8")
     return 0

@@ -8,9 +8,10 @@ import sys
 import pytest
 import torch
 
+from elsewhere.launch.bench_batches import fixed_batches
 from elsewhere.launch.bench_bytes import held, whole_bytes
 from elsewhere.launch.bench_engines import engine_settings
-from elsewhere.launch.bench_loops import constant_schedules, fixed_batches, fresh_method
+from elsewhere.launch.bench_loops import constant_schedules, fresh_method
 from elsewhere.launch.cli import main
 from elsewhere.launch.config import load_config
 from elsewhere.launch.engine.choose import build_engine

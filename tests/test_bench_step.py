@@ -1,13 +1,16 @@
 """`elsewhere bench step`: cases of recipes and settings, their figures, and what it refuses."""
 
+import contextlib
+import gzip
+import io
 import json
 import multiprocessing
 
 import pytest
 
-from elsewhere.launch.bench_step import _ask, variants
+from elsewhere.launch.bench_step import _Case, variants
+from elsewhere.launch.bench_step_table import case_names
 from elsewhere.launch.cli import main
-from elsewhere.launch.errors import UserError
 
 
 def test_every_recipe_meets_every_combination_of_values():
@@ -60,48 +63,134 @@ def test_a_wrong_command_ends_with_its_usage(arguments, capsys):
     assert end.value.code == 2 and "`elsewhere bench step --help`" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("steps", [None, 1], ids=["while it is built", "while it waits"])
-def test_a_measured_process_that_ends_early_is_said(steps):
-    ours, theirs = multiprocessing.Pipe()
+@pytest.mark.parametrize("asked", [False, True], ids=["while it is built", "while it waits"])
+def test_a_measured_process_that_ends_early_is_said(asked):
+    case = object.__new__(_Case)
+    case.failure = None
+    case._pipe, theirs = multiprocessing.Pipe()
     theirs.close()
-    with pytest.raises(UserError, match=r"ended early, likely for want of memory; lower --batch"):
-        _ask(ours, steps)
+    assert (case.ask("turn", 1) if asked else case.answer()) is None
+    assert case.failure == "A measured process ended early, likely for want of memory; lower --batch."
+
+
+def test_short_names_are_settings():
+    cases = variants(["demo"], [], ["compile=true,false", "checkpointing=none,full"])
+    assert cases[1][1] == ["engine.compile=true", "engine.activation_checkpointing=full"]
+    engines = variants(["demo"], [], ["engine=fsdp,zero2"])
+    assert engines == [
+        ("demo", ["engine.kind=fsdp"]), ("demo", ["engine.kind=deepspeed", "engine.deepspeed=zero2"])
+    ]  # fmt: skip
+
+
+def test_a_row_is_called_by_what_the_others_have_not():
+    cases = variants(["demo"], ["seed=1"], ["checkpointing=none,full", "engine=ddp,zero3"])
+    names, shared = case_names([{"recipe": recipe, "overrides": overrides} for recipe, overrides in cases])
+    assert shared == ["seed=1"]
+    assert names[0] == "demo checkpointing=none engine=ddp" and names[3] == "demo checkpointing=full engine=zero3"
+
+
+def test_several_processes(refused, monkeypatch):
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "2"),
+                        ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29400")):  # fmt: skip
+        monkeypatch.setenv(name, value)
+    assert "`elsewhere bench scaling RECIPE --ranks 1,2,4`" in refused("demo")
+
+
+def test_data_that_a_recipe_has_not(refused):
+    assert refused("stop_vit_b16", "--data") == (
+        "--data without a path takes the recipe's own, which has none: write --data FOLDER."
+    )
+
+
+def test_a_trace_of_several_cases(refused):
+    assert refused("demo", "demo_adpe", "--profile").startswith("--profile traces one case and these are 2")
+
+
+@pytest.mark.parametrize("name, said", [("old.json.gz", "is there already"), ("trace.txt", "FILE.json.gz"),
+                                        ("nowhere/trace.json", "its folder is not there")])  # fmt: skip
+def test_a_trace_that_cannot_be_written(name, said, refused, tmp_path):
+    (tmp_path / "old.json.gz").touch()
+    assert said in refused("demo", "--profile", str(tmp_path / name))
 
 
 SMALL = [
     "model.width=24", "model.depth=1", "model.heads=2", "method.decoder.width=16", "method.decoder.depth=1",
-    "method.decoder.heads=2", "engine.device=cpu",
+    "method.decoder.heads=2", "engine.device=cpu", "monitor.tensorboard=false",
 ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """What the command wrote about one recipe in two forms, a turn of one step each."""
-    path = tmp_path_factory.mktemp("bench") / "steps.json"
-    vary = ["--vary", "model.relative.lookup=interpolated,published"]
+    """The result of one recipe with kernels that are here and those that are not, and what was printed."""
+    path, printed = tmp_path_factory.mktemp("bench") / "steps.json", io.StringIO()
     options = ["--batch", "4", "--steps", "1", "--rounds", "1", "--json", str(path)]
-    assert main(["bench", "step", "demo_adpe", *SMALL, *vary, *options]) == 0
-    return json.loads(path.read_text())
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.delenv("TRITON_INTERPRET", raising=False)  # or a CPU would have them
+        vary = ["--vary", "kernels=reference,triton"]
+        assert main(["bench", "step", "demo_adpe", *SMALL, *vary, *options]) == 0
+    return json.loads(path.read_text()), printed.getvalue()
 
 
 @pytest.mark.slow
 def test_a_row_names_its_case(measured):
-    for row, lookup in zip(measured["rows"], ("interpolated", "published"), strict=True):
-        case = row["recipe"], row["overrides"], row["batch"], row["precision"]
-        assert case == ("demo_adpe", [*SMALL, f"model.relative.lookup={lookup}"], 4, "float32")
+    row = measured[0]["rows"][0]
+    case = row["recipe"], row["overrides"], row["batch"], row["precision"], row["engine"]
+    assert case == ("demo_adpe", [*SMALL, "kernels=reference"], 4, "float32", "ddp")
 
 
 @pytest.mark.slow
 def test_a_row_has_its_rate_and_memory(measured):
-    for row in measured["rows"]:
-        assert 0 < row["least"] == row["images_per_second"] == row["most"]  # of one turn
-        assert row["peak_bytes"] > 0
+    row = measured[0]["rows"][0]
+    assert 0 < row["least"] == row["images_per_second"] == row["most"]  # of one turn
+    assert row["peak_bytes"] > 0
+
+
+@pytest.mark.slow
+def test_utilisation_is_the_operations_of_a_second_of_those_of_a_matrix_product(measured):
+    row = measured[0]["rows"][0]
+    reached = row["images_per_second"] * row["flops_per_image"] / row["matrix_rate"]
+    assert row["mfu"] == pytest.approx(reached)
+
+
+@pytest.mark.slow
+def test_a_row_has_the_parts_that_its_method_has(measured):
+    parts = measured[0]["rows"][0]["parts"]
+    assert list(parts) == ["data wait", "forward", "backward", "optimiser", "adversary", "logging", "other"]
+    assert min(parts.values()) > 0
+
+
+@pytest.mark.slow
+def test_a_variant_that_cannot_be_built_says_why_and_ends_no_other(measured):
+    first, second = measured[0]["rows"]
+    assert first["failure"] is None
+    assert second["failure"].startswith("kernels=triton needs") and "images_per_second" not in second
+    line = next(line for line in measured[1].splitlines() if line.startswith("demo_adpe kernels=triton "))
+    assert line.endswith(f"not measured: {second['failure']}")
+
+
+@pytest.mark.slow
+def test_batches_in_memory_are_said_to_be_none_to_wait_for(measured):
+    assert "batches: random ones in memory" in measured[1] and measured[1].count("in memory") == 2
+
+
+@pytest.mark.long
+def test_a_recipe_is_measured_on_its_own_data_and_traced(tmp_path, capsys):
+    paths = [str(tmp_path / name) for name in ("trace.json.gz", "steps.json")]
+    sizes = ["model.width=24", "model.depth=2", "model.heads=2", "engine.device=cpu", "loader.workers=1"]
+    options = ["--batch", "4", "--steps", "1", "--rounds", "1", "--profile", paths[0], "--json", paths[1]]
+    # A setting behind a --data without a path is a setting.
+    assert main(["bench", "step", "demo", *options, "--data", *sizes]) == 0
+    printed, result = capsys.readouterr().out, json.loads((tmp_path / "steps.json").read_text())
+    assert result["real_data"] and result["rows"][0]["parts"]["data wait"] > 0
+    assert "batches: of the loader" in printed and "in memory" not in printed and "https://ui.perfetto.dev" in printed
+    assert json.loads(gzip.decompress((tmp_path / "trace.json.gz").read_bytes()))["traceEvents"]
 
 
 @pytest.mark.slow
 def test_the_result_says_where_and_when_it_was_measured(measured):
-    assert {"hardware", "torch", "python", "date"} <= measured.keys()
-    assert (measured["steps"], measured["rounds"]) == (1, 1)
+    result, _ = measured
+    assert {"hardware", "processor", "threads", "torch", "python", "date", "load"} <= result.keys()
+    assert (result["steps"], result["rounds"]) == (1, 1)
 
 
 def test_lists_are_varied_whole():
