@@ -318,6 +318,7 @@ def _as_on_cuda(method: nn.Module) -> Iterator[None]:
             torch.Tensor, "softmax", lambda x, *args, **options: softmax(_in_float32(x), *args, **options)
         ),
         mock.patch.object(relative_reference, "_chunk_numbers", lambda _: relative_reference._GPU_CHUNK),
+        mock.patch.object(relative_reference, "_fused", lambda *_: True),
     ):
         yield
 
