@@ -12,6 +12,7 @@ from datetime import date
 from typing import Any
 
 from .errors import UserError
+from .run_command import positive
 
 RECIPES = {"stop": "published/stop_vit_b16", "adpe": "published/adpe_rpe_coord_vit_b16"}
 _AGREE = 1e-5
@@ -26,9 +27,9 @@ def add_released_command(parts: Any) -> None:
     command.add_argument(
         "cases", nargs="*", metavar="stop|adpe|key=value", help="what to compare (both), and settings, e.g. model.size=small"
     )
-    command.add_argument("--batch", type=int, default=8, help="images per step (8)")
-    command.add_argument("--steps", type=int, default=1, help="steps of one turn (1)")
-    command.add_argument("--rounds", type=int, default=5, help="turns of each (5)")
+    command.add_argument("--batch", type=positive, default=8, help="images per step (8)")
+    command.add_argument("--steps", type=positive, default=1, help="steps of one turn (1)")
+    command.add_argument("--rounds", type=positive, default=5, help="turns of each (5)")
 
 
 def run_released(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -61,8 +62,6 @@ def bench_released(
     unknown = [name for name in names if name not in RECIPES]
     if unknown:
         raise UserError(f"{unknown[0]} has no released formulation to compare with; choose among {', '.join(RECIPES)}.")
-    if min(batch, steps, rounds) < 1:
-        raise UserError("--batch, --steps and --rounds are at least 1.")
     world = join("auto", group=False)
     rows = []
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
@@ -83,8 +82,6 @@ def _compare(name: str, overrides: list[str], world: Any, batch: int, steps: int
     first = {form: float(step()) for form, step in forms.items()}  # which also pays for caches and states
     furthest = max(abs(loss - first["ours"]) for loss in first.values())
     assert furthest <= _AGREE, f"the losses of the first step differ: {first}"
-    for step in forms.values():
-        step()  # noise of their own from here on
     wall: dict[str, list[float]] = {form: [] for form in forms}
     worked: dict[str, list[float]] = {form: [] for form in forms}
     for number in range(rounds):

@@ -23,7 +23,8 @@ _RATIO, _RADIUS = 1.9, 3  # of AdPE's product buckets, 7 × 7 and one for the cl
 
 
 def _run(what: Callable[..., Tensor], checkpointed: bool, *inputs: Any) -> Tensor:
-    return checkpoint(what, *inputs, use_reentrant=False) if checkpointed else what(*inputs)  # pyright: ignore
+    # The re-entrant kind, which is what torch had then; it computes all again, today's stops at what is needed.
+    return checkpoint(what, *inputs, use_reentrant=True) if checkpointed else what(*inputs)  # pyright: ignore
 
 
 class _Table(nn.Module):
