@@ -61,6 +61,7 @@ setup(
     extras_require={
         "test": [
             "pytest>=8.0",
+            "pytest-xdist>=3.5",
             "psutil>=5.9",
             "hypothesis>=6.100",
             "transformers>=4.45",
@@ -69,12 +70,12 @@ setup(
             "setuptools>=70.1",
             "tifffile>=2024.1",
             "pycocotools>=2.0.8",
-            "huggingface_hub>=0.24",
         ],
         "detect": ["pycocotools>=2.0.8"],
         # setuptools: FFCV builds with it, and imports distutils when it runs, which Python left to it.
         "ffcv": ["ffcv>=1.0.2", "setuptools>=70.1"],
         "tiff": ["tifffile>=2024.1"],
+        "docs": ["mkdocs-material>=9.5", "latex2mathml>=3.77"],
         "lint": ["ruff>=0.9", "pyright>=1.1.390"],
     },
     entry_points={"console_scripts": ["elsewhere = elsewhere.launch.cli:main"]},

@@ -16,7 +16,9 @@ import os  # noqa: E402
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import argparse  # noqa: E402
+import difflib  # noqa: E402
 import json  # noqa: E402
+import re  # noqa: E402
 from collections.abc import Callable, Sequence  # noqa: E402
 from importlib.metadata import version  # noqa: E402
 from typing import TYPE_CHECKING, Any, NoReturn  # noqa: E402
@@ -46,12 +48,18 @@ if TYPE_CHECKING:
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser that complains once on a machine, not in each of the processes that a launcher started."""
+    """A parser that complains in one line, once on a machine, not in each of the processes that a launcher started."""
 
     def error(self, message: str) -> NoReturn:
-        if not first_of_machine():
-            sys.exit(2)
-        super().error(message)
+        if first_of_machine():
+            wrong = re.match(r"argument \S+: invalid choice: '(.*?)' \(choose from (.*)\)$", message)
+            if wrong:
+                near = difflib.get_close_matches(wrong[1], wrong[2].replace("'", "").split(", "), 1)
+                message = (
+                    f"there is no {wrong[1]}; {f'did you mean {near[0]}? There' if near else 'there'} are {wrong[2]}"
+                )
+            print(f"elsewhere: {message} (`{self.prog} --help` says what it takes).", file=sys.stderr)
+        sys.exit(2)
 
 
 def _parser() -> argparse.ArgumentParser:

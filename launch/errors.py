@@ -28,6 +28,19 @@ def user_errors() -> Iterator[None]:
         raise UserError(str(error)) from error
 
 
+def out_of_memory(error: RuntimeError, micro_batch: int) -> UserError | None:
+    """What to do about torch's complaint that no memory is left; None if `error` is another one."""
+    text = str(error)
+    if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in text:
+        return None
+    found = text.split(". ")[1 if text.startswith("CUDA out of memory") else 0].strip().splitlines()[0]
+    return UserError(
+        f"Memory ran out ({found.rstrip('.')}): lower loader.micro_batch (now {micro_batch}; the batch stays what it "
+        "is), set engine.activation_checkpointing=full, or divide the weights by engine.kind=fsdp; `elsewhere plan` "
+        "says what fits."
+    )
+
+
 def first_of_machine() -> bool:
     """Whether this process says what is wrong: the first of its machine, whose log may be the only one at hand."""
     return os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"

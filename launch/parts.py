@@ -74,7 +74,7 @@ def assemble(config: Config, world: World, dataset: Any = None, val_dataset: Any
     train, val, reader = open_sources(config, dataset, val_dataset)
     first = masks(config.seed, 0, 0, np.arange(min(64, len(train))))
     return put_together(
-        config, world, method, train, val, reader, masks=masks, gflops_per_image=_flops(method, first) / 1e9
+        config, world, method, train, val, reader, masks=masks, gflops_per_image=flops_per_image(method, first) / 1e9
     )
 
 
@@ -126,8 +126,10 @@ def _kind(train: Source | Stream, reader: str) -> str:
     return ".beton by FFCV" if reader == "ffcv" else _KINDS.get(type(train), "data set")
 
 
-def _flops(method: Method, masks: Masks) -> float:
-    """Floating-point operations of a training step per image, for masks like these."""
+def flops_per_image(method: Method, masks: Masks | None) -> float:
+    """Floating-point operations of a training step per image, for masks like these; a task has none."""
+    if masks is None:
+        return method.flops_per_image()  # pyright: ignore
     if isinstance(method, Jepa):
         assert masks.context is not None and masks.targets is not None
         (contexts, _, context), (blocks, _, target) = masks.context.shape, masks.targets.shape

@@ -20,7 +20,7 @@ from .checkpoint import Checkpoints
 from .config import Config
 from .engine.base import Engine
 from .engine.choose import build_engine, check_engine
-from .errors import UserError
+from .errors import UserError, out_of_memory
 from .loop import train
 from .monitor import Monitor, peak_tflops, say
 from .nodes.hosts import check_hosts, check_shared_folder
@@ -189,7 +189,7 @@ def _train(
                     engine, batches, parts.schedules, parts.adversary_schedules, monitor, upkeep, first, last
                 )
             except RuntimeError as error:
-                raise dead_worker(error) or error from None
+                raise dead_worker(error) or out_of_memory(error, parts.micro_batch) or error from None
             upkeep.signals.finish()
         result.complete = result.steps == last
         monitor.flush()

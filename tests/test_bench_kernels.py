@@ -511,7 +511,7 @@ def test_the_table_of_forms_has_no_other_settings(refused, option):
 def test_seconds_that_are_none_end_with_the_usage(capsys, given):
     with pytest.raises(SystemExit) as end:
         main(["bench", "kernels", "--seconds", given])
-    assert end.value.code == 2 and "usage: elsewhere bench kernels" in capsys.readouterr().err
+    assert end.value.code == 2 and "`elsewhere bench kernels --help`" in capsys.readouterr().err
 
 
 def test_forms_are_compared_in_every_setting(capsys):

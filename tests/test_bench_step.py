@@ -57,7 +57,7 @@ def test_a_value_that_is_not_possible(refused):
 def test_a_wrong_command_ends_with_its_usage(arguments, capsys):
     with pytest.raises(SystemExit) as end:
         main(["bench", "step", *arguments])
-    assert end.value.code == 2 and "usage: elsewhere bench step" in capsys.readouterr().err
+    assert end.value.code == 2 and "`elsewhere bench step --help`" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("steps", [None, 1], ids=["while it is built", "while it waits"])

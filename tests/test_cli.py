@@ -1,6 +1,7 @@
 """The command line: what it lists, what it refuses and how, and what importing the package does."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ from PIL import Image
 
 from elsewhere.launch.cli import _parser, main
 from elsewhere.launch.config import Config, load_config, recipe_names
+from elsewhere.launch.errors import out_of_memory
+from elsewhere.models.jepa import Jepa
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [
@@ -127,11 +130,22 @@ def test_what_is_not_known_is_refused_in_a_sentence(arguments, words, capsys):
     assert out == "" and err.startswith("elsewhere: ") and err.count("\n") == 1 and words in err
 
 
-@pytest.mark.parametrize("arguments", [[], ["train"], ["pretrain"], ["bench", "all"]], ids=str)
-def test_a_wrong_command_ends_with_its_usage(arguments, capsys):
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ([], "the following arguments are required: COMMAND (`elsewhere --help`"),
+        (["pretrian", "demo"], "there is no pretrian; did you mean pretrain? There are 'pretrain'"),
+        (["pretrain"], "the following arguments are required: recipe (`elsewhere pretrain --help`"),
+        (["bench", "everything"], "there is no everything; there are 'masks'"),
+        (["show", "demo", "--flat"], "unrecognized arguments: --flat (`elsewhere --help`"),
+    ],
+    ids=str,
+)
+def test_a_wrong_command_ends_with_one_line_that_names_its_help(arguments, complaint, capsys):
     with pytest.raises(SystemExit) as end:
         main(arguments)
-    assert end.value.code == 2 and "usage: elsewhere" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and err.startswith(f"elsewhere: {complaint}") and err.count("\n") == 1, err
 
 
 def test_a_missing_folder(refused, tmp_path):
@@ -346,3 +360,16 @@ def test_a_module_run_from_the_checkout_refuses_like_the_command():
 def test_settings_may_follow_flags(capsys):
     assert main(["pretrain", "demo", "--fresh", "optim.lrr=1"]) == 2
     assert "There is no setting optim.lrr; did you mean optim.lr?" in capsys.readouterr().err
+
+
+def test_memory_that_runs_out_is_one_sentence(monkeypatch, pretrain):
+    monkeypatch.setattr(Jepa, "predict", lambda *_: torch.empty(1 << 60))
+    status, _, err = pretrain()
+    assert status == 2 and "Traceback" not in err
+    assert re.search(r"elsewhere: Memory ran out \(.*\): lower loader\.micro_batch \(now 16;", err)
+
+
+def test_memory_of_a_gpu_that_runs_out_is_told_by_what_was_asked_for():
+    text = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1 is free."
+    found = str(out_of_memory(torch.OutOfMemoryError(text), 64))
+    assert found.startswith("Memory ran out (Tried to allocate 2.00 GiB): lower loader.micro_batch (now 64;")

@@ -21,7 +21,7 @@ PACKAGE_OF = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 OPTIONAL = {"apex", "tifffile", "pycocotools"}
 TOP = {
     "launch", "models", "kernels", "data", "configs", "ds_configs", "tests", "docs", ".ci", ".gitignore", "README.md",
-    "setup.py", "pyproject.toml", "__init__.py", "LICENSE",
+    "setup.py", "pyproject.toml", "__init__.py", "LICENSE", "mkdocs.yml", "CHANGELOG.md", "CONTRIBUTING.md",
 }  # fmt: skip
 
 

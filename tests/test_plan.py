@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from elsewhere.data.batch import Batch
 from elsewhere.launch.build import build_adversary, build_masks, build_method
-from elsewhere.launch.config import TASKS, load_config, recipe_names
+from elsewhere.launch.config import load_config, recipe_names
 from elsewhere.launch.engine.activation_checkpointing import checkpoint_activations
 from elsewhere.launch.errors import UserError
 from elsewhere.launch.planning import command
@@ -24,7 +24,7 @@ from elsewhere.launch.planning.activations import activations, fake_batch, make_
 from elsewhere.launch.planning.hardware import GPUS
 from elsewhere.launch.planning.memory import Division, Weight, divide, states, weights_of
 from elsewhere.launch.planning.pace import exchanges, sent
-from elsewhere.launch.planning.plan import Place, memory, most_dividing, most_images, open_case, plan
+from elsewhere.launch.planning.plan import Place, memory, most_dividing, most_images, open_case, plan, planned_config
 from elsewhere.models.vit import SIZES
 
 MAE = {"model.size": "nano", "model.depth": 3, "method.decoder": {"width": 48, "depth": 2, "heads": 2}}
@@ -33,6 +33,12 @@ CASES = {
     "mae": ("cifar10_mae", MAE),
     "maeplus": ("cifar10_maeplus_ape", MAE),
     "adpe": ("cifar10_adpe_rpe_coord", MAE),
+}
+SMALL = ["model.size=nano", "model.depth=4", "model.patch_size=8"]
+TASK_CASES = {
+    "classify": ("finetune", [*SMALL, "model.image_size=64"]),
+    "segment": ("small_segment", [*SMALL, "method.segmenter.classes=7"]),
+    "detect": ("small_detect", [*SMALL, "method.detector.window=4"]),
 }
 
 
@@ -53,8 +59,9 @@ class Held(TorchDispatchMode):
 
 
 def real_batch(config, method, images):
-    masks = build_masks(config, method.encoder.grid)(config.seed, 0, 0, np.arange(images))
-    parts = {name: getattr(masks, name) for name in ("context", "targets", "visible")}
+    make = build_masks(config, method.encoder.grid)
+    masks = make(config.seed, 0, 0, np.arange(images)) if make else None
+    parts = {name: getattr(masks, name, None) for name in ("context", "targets", "visible")}
     views = (config.data.views,) if config.data.views > 1 else ()
     ids = torch.arange(images)
     return Batch(
@@ -64,12 +71,12 @@ def real_batch(config, method, images):
     )  # fmt: skip
 
 
-def measured(config, policy, dtype, images):
+def measured(config, policy, dtype, images, batch=None):
     """Bytes that a real forward on the CPU leaves for its backward."""
     method = build_method(config)
     method.compute_dtype = dtype
     checkpoint_activations(method, policy)
-    adversary, batch = build_adversary(config, method), real_batch(config, method, images)
+    adversary, batch = build_adversary(config, method), batch or real_batch(config, method, images)
     old = [*method.parameters(), *method.buffers(), *tree_leaves(vars(batch))]
     known = {t.untyped_storage()._cdata for t in old if isinstance(t, torch.Tensor)}
     with Held() as held:
@@ -88,6 +95,33 @@ def test_kept_activations_are_those_of_real_tensors(name, precision, policy):
     config, dtype = load_config(recipe, settings), getattr(torch, precision)
     found = activations(config, policy, dtype, cuda=False).kept(8)
     assert found == pytest.approx(measured(config, policy, dtype, 8), rel=0.02)
+
+
+def labelled_batch(config, images):
+    """A task's batch; of a detector's, each image is full of boxes, so that all regions are sampled."""
+    ids, size = torch.arange(images), config.model.image_size
+    pixels = torch.randint(0, 256, (images, 3, *size), dtype=torch.uint8)
+    batch = Batch(images=pixels, sample_ids=ids, labels=ids, epochs=ids, step=0)
+    if config.method.kind == "classify":
+        batch.images = pixels.float()  # as mixed ones are
+    elif config.method.kind == "segment":
+        batch.truth = torch.randint(0, 7, (images, *size))
+    else:
+        corners = torch.cartesian_prod(torch.arange(0.0, 80, 8), torch.arange(0.0, 80, 8))
+        boxes, masks = torch.cat([corners, corners + 14], dim=1), torch.ones(len(corners), *size, dtype=torch.uint8)
+        one = {"boxes": boxes, "labels": torch.ones(len(boxes), dtype=torch.int64), "masks": masks}
+        batch.truth = [one for _ in range(images)]
+    return batch
+
+
+@pytest.mark.parametrize("policy", ["none", "full"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("name", "least"), [("classify", 0.98), ("segment", 0.98), ("detect", 0.9)])
+def test_kept_activations_of_tasks_are_those_of_real_tensors(name, least, precision, policy):
+    config, dtype = planned_config(*TASK_CASES[name]), getattr(torch, precision)
+    found = activations(config, policy, dtype, cuda=False).kept(4)
+    real = measured(config, policy, dtype, 4, labelled_batch(config, 4))
+    assert least * found <= real <= found / least
 
 
 def test_saved_tensors_of_autograd_are_the_kept_activations():
@@ -417,10 +451,11 @@ def test_planning_leaves_no_fake_tensors_in_the_tables_of_relative_positions():
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("recipe", [n for n in recipe_names() if load_config(n).method.kind not in TASKS])
+@pytest.mark.parametrize("recipe", recipe_names())
 def test_every_recipe_plans(recipe):
-    found = plan(recipe, load_config(recipe), Place(8, "h200-141g"), scales=(), policies=())
-    real = on_meta(load_config(recipe)).parameters()
+    config = planned_config(recipe, [])
+    found = plan(recipe, config, Place(4, "h200-141g"), scales=(), policies=())
+    real = on_meta(config).parameters()
     assert found["trained"] + found["frozen"] == sum(p.numel() for p in real)
     assert found["memory"]["total"] > 4 * (found["trained"] + found["frozen"])
 

@@ -29,9 +29,11 @@ from ...models import relative
 from ...models.mae import Mae
 from ...models.method import Method
 from ...models.relative import RelativeTable
+from ...models.windows import WindowBlock
 from ..build import build_masks, build_method
 from ..config import Config, Data, Engine, LoaderSection, Optim, Run
 from ..engine.activation_checkpointing import checkpoint_activations
+from .detector import fullest
 
 _IMAGES = (2, 3)  # of one there are shapes that count as contiguous, which more images are not
 _ATEN = torch.ops.aten
@@ -147,13 +149,17 @@ def activations(
 
 def _what_matters(config: Config) -> str:
     """The configuration with all else at its default, so that a plan of another batch finds what was traced."""
-    data = Data(views=config.data.views, mean=config.data.mean, std=config.data.std)
+    kept = ("views", "mean", "std", "erase", "mixup", "cutmix")
+    data = Data(**{name: getattr(config.data, name) for name in kept})
     plain = {"data": data, "optim": Optim(), "engine": Engine(), "loader": LoaderSection(), "run": Run(), "about": ""}
     return config.model_copy(update=plain).model_dump_json(by_alias=True)
 
 
 def _activations(config: Config, policy: str | int, dtype: torch.dtype, cuda: bool, shorten: bool) -> Activations:
-    depths = {name: len(stack) for name, stack in on_meta(config).stacks().items()}
+    method = on_meta(config)
+    depths = {name: len(stack) for name, stack in method.stacks().items()}
+    if any(isinstance(block, WindowBlock) for stack in method.stacks().values() for block in stack):
+        shorten = False  # its blocks are not alike
     every = policy if isinstance(policy, int) else 1
     # Two whole periods of a policy that leaves blocks out, a last block of its own kind, the rest of the true depth.
     least = max(2 * every + 1, config.method.teacher.layers + 1)
@@ -217,12 +223,13 @@ def _trace(
     config: Config, policy: str | int, dtype: torch.dtype, cuda: bool, images: int, depths: dict[str, int]
 ) -> _Trace:
     method = on_meta(config, depths)
-    masks = build_masks(config, method.encoder.grid)(config.seed, 0, 0, np.arange(images))
+    masks = build_masks(config, method.encoder.grid)
+    drawn = masks(config.seed, 0, 0, np.arange(images)) if masks else None
     method.compute_dtype = dtype
     with FakeTensorMode(), _as_on_cuda(method) if cuda else contextlib.nullcontext(), own_tables():
         make_fake(method)
         checkpoint_activations(method, policy)
-        batch = fake_batch(config, masks, images)
+        batch = fake_batch(config, drawn, images)
         inputs: tuple = (batch,)
         if isinstance(method, Mae) and method.attack.mode != "none":
             inputs += ({n: torch.empty(t.shape).requires_grad_() for n, t in method.attack_tensors().items()},)
@@ -230,7 +237,10 @@ def _trace(
         alive = _Alive({t.untyped_storage()._cdata for t in held if isinstance(t, Tensor)})
         after, before = _watch(method, alive)
         with alive:
-            loss, scalars = method(*inputs)
+            if config.method.kind == "detect":
+                loss, scalars = fullest(method, batch), None
+            else:
+                loss, scalars = method(*inputs)
             alive.mark("backward", "", 0)
             kept = alive.now()
             torch.autograd.backward(loss)
@@ -250,12 +260,18 @@ def make_fake(method: nn.Module) -> None:
 
 
 def fake_batch(config: Config, masks: Any, images: int) -> Batch:
-    views = (config.data.views,) if config.data.views > 1 else ()
+    """A micro-batch of `images` as the method meets it, with empty tensors; `masks` is None for a task."""
+    data, kind = config.data, config.method.kind
+    views = (data.views,) if data.views > 1 else ()
     ids = torch.zeros(images, dtype=torch.int64)
-    drawn = {name: getattr(masks, name) for name in ("context", "targets", "visible")}
+    drawn = {name: getattr(masks, name, None) for name in ("context", "targets", "visible")}
     parts: dict[str, Any] = {n: torch.empty(p.shape, dtype=torch.int64) for n, p in drawn.items() if p is not None}
+    if kind == "segment":
+        parts["truth"] = torch.zeros(images, *config.model.image_size, dtype=torch.int64)
+    mixed = kind == "classify" and (data.erase or data.mixup or data.cutmix)
+    dtype = torch.float32 if mixed else torch.uint8
     return Batch(
-        images=torch.empty(images, *views, config.model.channels, *config.model.image_size, dtype=torch.uint8),
+        images=torch.empty(images, *views, config.model.channels, *config.model.image_size, dtype=dtype),
         sample_ids=ids, labels=ids, epochs=ids, step=0, **parts,
     )  # fmt: skip
 

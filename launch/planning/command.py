@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ..config import refuse_task
 from ..errors import UserError
 
 
@@ -47,15 +48,17 @@ def run_plan(arguments: argparse.Namespace) -> int:
             raise UserError(f"--{name.replace('_', '-')} {value:g} must be more than 0.")
     if arguments.json and not os.access(arguments.json.parent, os.W_OK):
         raise UserError(f"--json {arguments.json}: its folder is not there or not writable; choose another.")
-    from ..config import load_config
     from .hardware import gpu, link
 
     gpu(arguments.gpu)
     link(arguments.interconnect, False)
     overrides = [*arguments.overrides, *_engine(arguments.engine)]
-    config = load_config(arguments.recipe, overrides)
     # Only now: torch takes seconds to import.
-    from .plan import Place, plan
+    from .plan import Place, plan, planned_config
+
+    config = planned_config(arguments.recipe, overrides)
+    if arguments.check:
+        refuse_task(config, "--check")
 
     place = Place(
         arguments.gpus, arguments.gpu, arguments.gpus_per_node, arguments.interconnect, arguments.nvlink
@@ -113,6 +116,10 @@ def print_plan(result: dict[str, Any]) -> None:
     )
     if r["compile"]:
         print("engine.compile=true is not modelled: compiled blocks keep less.")
+    if r["task"]:
+        print(f"For `elsewhere {r['task']}`; without init.from its encoder is of the recipe's own sizes.")
+    if r["task"] == "detect":
+        print("Heads are counted with all regions sampled; what matches them to boxes is not.")
     if r["apex"]:
         print("NVIDIA Apex is planned as torch's own: the same sizes.")
     print("\nMemory of a GPU, GB (10⁹ bytes)")
@@ -152,13 +159,17 @@ def print_plan(result: dict[str, Any]) -> None:
         f"{r['unhidden']:.4f} if none is hidden): {r['images_per_s']:,.0f} images/s"
     )
     print(
-        f"{r['epochs']} epochs of {r['images']:,} images, {r['steps']:,} steps: {r['days']:.2f} days, "
+        f"{r['epochs']:.4g} epochs of {r['images']:,} images, {r['steps']:,} steps: {r['days']:.2f} days, "
         f"{r['gpu_hours']:,.0f} GPU hours"
     )
     if r["unseen"]:
         print(f"{r['unseen']} is not on this machine: the number of images is assumed; give --images")
     if not r["decoded"]:
         print("Loader: the digits are in memory, nothing is decoded")
+        _print_scales(r)
+        return
+    if r["task"] and not r["rate_given"]:
+        print("Loader: what a core delivers to a task was not measured; give --images-per-core")
         _print_scales(r)
         return
     print(

@@ -14,16 +14,16 @@ from ...data.images import DataError
 from ...data.order import check_batch_sizes, epoch_length
 from ...models.mae import Mae
 from ..build import build_masks
-from ..config import Config, refuse_task
+from ..config import TASKS, Config, load_config
 from ..engine.precision import DTYPES
 from ..errors import UserError
-from ..parts import _flops, open_sources
+from ..parts import flops_per_image, open_sources
 from . import pace
-from .activations import Activations, activations, on_meta
+from .activations import Activations, activations, fake_batch, on_meta
 from .hardware import Gpu, gpu, link
 from .memory import ALWAYS, FLOAT, ROUNDING, Division, Weight, buffers, divide, numel, states, weights_of
 
-IMAGENET, CIFAR10 = 1_281_167, 50_000  # training images
+IMAGENET, CIFAR10, ADE20K, COCO = 1_281_167, 50_000, 20_210, 118_287  # training images
 SCALES = tuple(2**k for k in range(3, 13))
 POLICIES = ("none", "selective", 2, "full")
 
@@ -61,29 +61,61 @@ class Case:
 def open_case(config: Config, gpu_name: str, images: int | None, recipe: str) -> Case:
     """What is the same at every number of GPUs; UserError for a GPU that cannot, and for what `build` refuses."""
     found, precision = gpu(gpu_name), config.engine.precision
-    refuse_task(config, "`elsewhere plan`")
     if precision == "bfloat16" and not found.bfloat16:
         raise UserError(f"{gpu_name} does not compute bfloat16: set engine.precision=float16, or float32.")
     dtype = (torch.bfloat16 if found.bfloat16 else torch.float32) if precision == "auto" else DTYPES[precision]
     method = on_meta(config)
-    masks = build_masks(config, method.encoder.grid)(config.seed, 0, 0, np.arange(64))
+    make = build_masks(config, method.encoder.grid)
+    masks = make(config.seed, 0, 0, np.arange(64)) if make else None
     unseen = _unseen(config) if images is None else None
     if images is None and config.data.path and not unseen:
         try:
-            images = len(open_sources(config, None, None)[0])
+            images = _images(config)
         except DataError as error:
             raise UserError(str(error)) from error
     attack = method.attack_tensors() if isinstance(method, Mae) else {}
-    drawn = [part for part in (masks.context, masks.targets, masks.visible) if part is not None]
-    pixels = config.data.views * config.model.channels * config.model.image_size[0] * config.model.image_size[1]
-    flops = _flops(method, masks)
+    batch = fake_batch(config, masks, 64)
+    parts = [part for part in vars(batch).values() if isinstance(part, torch.Tensor)]
+    flops = flops_per_image(method, masks)
     return Case(
         config=config, gpu=found, dtype=dtype, weights=weights_of(method),
         adversary=sum(tensor.numel() for tensor in attack.values()),
-        batch_bytes=pixels + sum(part.nbytes for part in drawn) / 64, flops=flops,
-        images=images or (CIFAR10 if recipe.startswith("cifar10") else IMAGENET), unseen=unseen,
+        batch_bytes=sum(part.nbytes for part in parts) / 64, flops=flops,
+        images=images or _usual_images(config, recipe), unseen=unseen,
         again=pace.computed_again(method, flops, config.engine.activation_checkpointing),
     )  # fmt: skip
+
+
+def planned_config(recipe: str, overrides: Sequence[str]) -> Config:
+    """The configuration of a recipe; of a task with the encoder of init.from, or without it the recipe's own."""
+    config = load_config(recipe, overrides)
+    kind = config.method.kind
+    if kind not in TASKS:
+        return config
+    from ..evaluate.task_config import task_config
+
+    if config.init.from_ is None:
+        overrides = [*overrides, "init.from=none"]
+    return task_config(recipe, overrides, kind, TASKS[kind])
+
+
+def _images(config: Config) -> int:
+    """The training images at data.path."""
+    if config.method.kind == "segment":
+        from ..evaluate.segment import open_maps
+
+        return len(open_maps(config)[0])
+    if config.method.kind == "detect":
+        from ..evaluate.detect import open_coco
+
+        return len(open_coco(config)[0])
+    return len(open_sources(config, None, None)[0])
+
+
+def _usual_images(config: Config, recipe: str) -> int:
+    """Of the data set that the recipe is known by."""
+    known = {"segment": ADE20K, "detect": COCO}
+    return known.get(config.method.kind, CIFAR10 if recipe.startswith("cifar10") else IMAGENET)
 
 
 def _unseen(config: Config) -> str | None:
@@ -95,10 +127,13 @@ def _unseen(config: Config) -> str | None:
 def memory(case: Case, by: Division, micro: int, policy: str | int) -> dict[str, float]:
     """Bytes of a rank by part, `total` the last; `host` in host memory beside it."""
     held, acts, more = states(case.weights, by), case.activations(policy), buffers(case.weights, by)
+    parts = dict(held.gpu)
+    if case.config.method.kind in TASKS and "teacher" in parts:  # a task's frozen weights are no teacher's
+        parts["weights"] += parts.pop("teacher")
     peak, fixed = acts.peak(micro), acts.fixed(micro)
     kept = max(0.0, min(acts.kept.per_image * micro, peak - fixed))
     out = {
-        **held.gpu,
+        **parts,
         "half-precision copies of weights": fixed,
         "activations kept for the backward": kept,
         "activations at the fullest moment": peak - fixed - kept,
@@ -186,7 +221,8 @@ def plan(
     per_core = images_per_core or pace.images_per_core(config.data.views)
     trained, frozen = numel(case.weights, True), numel(case.weights, False)
     return {
-        "recipe": recipe, "gpus": place.gpus, "gpu": place.gpu, "nodes": -(-place.gpus // place.per_node),
+        "recipe": recipe, "task": TASKS.get(config.method.kind),
+        "gpus": place.gpus, "gpu": place.gpu, "nodes": -(-place.gpus // place.per_node),
         "gpus_per_node": place.per_node, "links": [place.nvlink or found.link, place.interconnect],
         "gpu_memory": found.memory, "engine": _engine_name(config), "precision": str(case.dtype).partition(".")[2],
         "activation_checkpointing": policy, "compile": config.engine.compile, "trained": trained, "frozen": frozen,
@@ -200,11 +236,17 @@ def plan(
             }
             for one in pace.exchanges(case.weights, by, case.adversary)
         ],
-        "mfu": mfu, "mfu_assumed": assumed, "images": case.images, "epochs": config.optim.epochs, **step,
+        "mfu": mfu, "mfu_assumed": assumed, "images": case.images, "epochs": _epochs(case), **step,
         "unseen": case.unseen, "decoded": config.data.path != "digits",
-        "images_per_core": per_core, "loader_cores": config.optim.batch_size / step["seconds"] / place.gpus / per_core,
+        "images_per_core": per_core, "rate_given": images_per_core is not None,
+        "loader_cores": config.optim.batch_size / step["seconds"] / place.gpus / per_core,
         "scales": scaled, "apex": config.model.norm == "apex" or config.optim.kind == "apex_adamw",
     }  # fmt: skip
+
+
+def _epochs(case: Case) -> float:
+    optim = case.config.optim
+    return optim.epochs if optim.steps is None else optim.steps * optim.batch_size / case.images
 
 
 def _engine_name(config: Config) -> str:
@@ -233,7 +275,8 @@ def _step(case: Case, by: Division, micro: int, network: pace.Network, mfu: floa
     computing = pace.compute_seconds(images * case.flops * (1 + case.again), case.gpu, case.dtype != torch.float32, mfu)
     sending = sum(pace.exchange_seconds(one, by, network) for one in pace.exchanges(case.weights, by, case.adversary))
     seconds = max(computing, sending)
-    steps = epoch_length(case.images, optim.batch_size, case.config.data.remainder) * optim.epochs // optim.batch_size
+    epoch = epoch_length(case.images, optim.batch_size, case.config.data.remainder)
+    steps = optim.steps or epoch * optim.epochs // optim.batch_size
     return {
         "computing": computing, "sending": sending, "seconds": seconds, "unhidden": computing + sending,
         "images_per_s": optim.batch_size / seconds, "steps": steps, "days": steps * seconds / 86400,
