@@ -25,7 +25,10 @@ def add_released_command(parts: Any) -> None:
     more = "Weights, masks and noise are the same, and the first losses must agree. Settings change the size of both."
     command = parts.add_parser("released", help=text, description=f"{text} {more}")
     command.add_argument(
-        "cases", nargs="*", metavar="stop|adpe|key=value", help="what to compare (both), and settings, e.g. model.size=small"
+        "cases",
+        nargs="*",
+        metavar="stop|adpe|key=value",
+        help="what to compare (both), and settings, e.g. model.size=small",
     )
     command.add_argument("--batch", type=positive, default=8, help="images per step (8)")
     command.add_argument("--steps", type=positive, default=1, help="steps of one turn (1)")

@@ -132,7 +132,10 @@ class _Encoder(_Stack):
 class _Predictor(_Stack):
     def __init__(self, of: Any, checkpointed: bool):
         super().__init__(of.size, of.positions(), None, checkpointed)
-        self.embed, self.proj = nn.Linear(of.embed.in_features, of.size.width), nn.Linear(of.size.width, of.embed.in_features)
+        self.embed, self.proj = (
+            nn.Linear(of.embed.in_features, of.size.width),
+            nn.Linear(of.size.width, of.embed.in_features),
+        )
 
     def forward(self, tokens: Tensor, context: Tensor, targets: Tensor, noise: Tensor) -> Tensor:
         places = self.places.repeat(context.shape[1], 1, 1)
@@ -147,7 +150,10 @@ class ReleasedStop(nn.Module):
 
     def __init__(self, method: Jepa, checkpointed: bool):
         super().__init__()
-        self.encoder, self.predictor = _Encoder(method.encoder, None, checkpointed), _Predictor(method.predictor, checkpointed)
+        self.encoder, self.predictor = (
+            _Encoder(method.encoder, None, checkpointed),
+            _Predictor(method.predictor, checkpointed),
+        )
         self.teacher = _Encoder(method.teacher).requires_grad_(False)
         self.std = method.predictor.stop.std
         self.load_state_dict(method.state_dict())
@@ -173,7 +179,10 @@ class ReleasedStop(nn.Module):
 class _Decoder(_Stack):
     def __init__(self, of: Any):
         super().__init__(of.size, of.positions(), of.grid, False)
-        self.embed, self.proj = nn.Linear(of.embed.in_features, of.size.width), nn.Linear(of.size.width, of.proj.out_features)
+        self.embed, self.proj = (
+            nn.Linear(of.embed.in_features, of.size.width),
+            nn.Linear(of.size.width, of.proj.out_features),
+        )
 
 
 class ReleasedAdpe(nn.Module):

@@ -219,8 +219,7 @@ class Jepa(Method):
     ) -> tuple[Tensor, Tensor]:
         """Predictions and teacher features, each `[T·E·B, Nt, width]`, of normalised images `[B, C, H, W]`."""
         contexts, blocks = context.shape[0], targets.shape[0]
-        # Not inference mode, which FSDP2's and ZeRO 3's gathered weights do not bear, and which would save nothing:
-        # what it spares is a microsecond an operation.
+        # Not inference mode: FSDP2 fails to gather weights in it, and it saves under a microsecond an operation.
         with torch.no_grad():
             features = self.teacher(images, last=self.teacher_layers)
             wanted = take(features, targets)  # [T, B, Nt, width]

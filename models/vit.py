@@ -222,7 +222,9 @@ class Encoder(nn.Module):
         if keep is None:
             return self.patch_embed(images) + self.positions(grid)
         size, projection = self.patch_size, self.patch_embed.proj
-        parts = images.unflatten(3, (-1, size)).unflatten(2, (-1, size)).permute(0, 2, 4, 1, 3, 5)  # [B, rows, columns, …]
+        parts = (
+            images.unflatten(3, (-1, size)).unflatten(2, (-1, size)).permute(0, 2, 4, 1, 3, 5)
+        )  # [B, rows, columns, …]
         image = torch.arange(len(images), device=keep.device)[:, None]
         pixels = parts[image, keep // grid[1], keep % grid[1]].flatten(0, -5).flatten(2)
         tokens = F.linear(pixels, projection.weight.flatten(1), projection.bias)

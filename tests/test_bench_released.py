@@ -43,7 +43,9 @@ def gradients(module):
 def same_gradients(found, expected):
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-6, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            found[name], gradient, rtol=1e-6, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
