@@ -1,4 +1,4 @@
-"""Our training steps against those of the released formulation, written plainly: same weights, masks, noise and loss."""
+"""Our training steps against those of the released formulation, written plainly: same weights, masks and noise."""
 
 from __future__ import annotations
 
@@ -99,8 +99,9 @@ def _compare(name: str, overrides: list[str], world: Any, batch: int, steps: int
     return [
         {
             "case": name, "form": form, "seconds": statistics.median(wall[form]),
-            "cpu_seconds": statistics.median(worked[form]), "ratio": _ratio(wall, form), "cpu_ratio": _ratio(worked, form),
-            "ratio_least": _ratio(wall, form, min), "ratio_most": _ratio(wall, form, max), "losses_differ_by": furthest,
+            "cpu_seconds": statistics.median(worked[form]), "ratio": _ratio(wall, form),
+            "cpu_ratio": _ratio(worked, form), "ratio_least": _ratio(wall, form, min),
+            "ratio_most": _ratio(wall, form, max), "losses_differ_by": furthest,
         }
         for form in forms
     ]  # fmt: skip
@@ -194,6 +195,7 @@ def _adpe(overrides: list[str], world: Any, batch: int) -> dict[str, Callable[[]
     plain = (relative.terms, relative.lookup, relative.ratio, relative.shared) == ("k", "published", 1.9, True)
     if not isinstance(method, Mae) or not plain or attack != "coordinate":
         raise UserError("The released AdPE that is compared has the coordinate attack on one shared table of keys.")
+    assert engine.adversary is not None and data.visible is not None
     generator = torch.Generator().manual_seed(config.seed)
     with torch.no_grad():  # tables are zero at first, where no attack would act
         for name, parameter in method.named_parameters():

@@ -102,6 +102,8 @@ def gather(tokens: Tensor, masks: Tensor) -> Tensor:
 class _Stack(nn.Module):
     """Blocks and a norm, and positions that are no weights."""
 
+    places: Tensor
+
     def __init__(self, size: Size, positions: Tensor, grid: tuple[int, int] | None, checkpointed: bool):
         super().__init__()
         self.register_buffer("places", positions.detach().clone(), persistent=False)

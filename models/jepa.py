@@ -218,7 +218,7 @@ class Jepa(Method):
         context_noise: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Predictions and teacher features, each `[T·E·B, Nt, width]`, of normalised images `[B, C, H, W]`."""
-        contexts, blocks = context.shape[0], targets.shape[0]
+        contexts = context.shape[0]
         # Not inference mode: FSDP2 fails to gather weights in it, and it saves under a microsecond an operation.
         with torch.no_grad():
             features = self.teacher(images, last=self.teacher_layers)

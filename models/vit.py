@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from timm.layers.patch_embed import PatchEmbed
@@ -97,11 +98,13 @@ class LastBlock(Block):
 
     def forward(self, x: Tensor, kept: int) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """`[B, L, D]` to `[B, kept, D]`."""
-        (batch, length, width), attention = x.shape, self.attn
+        batch, length, width = x.shape
+        attention: Any = self.attn
+        mlp: Any = self.mlp
         q, k, v = attention.qkv(self.norm1(x)).view(batch, length, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(q[:, :, -kept:], k, v)
         x = x[:, -kept:] + attention.proj(attended.transpose(1, 2).reshape(batch, kept, width))
-        return x + self.mlp(self.norm2(x))
+        return x + mlp(self.norm2(x))
 
 
 def encoder_flops(size: Size, tokens: int, relative: Relative | None = None) -> float:

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-
 from rich.console import Console
 
 from elsewhere.launch.bench_loops import ADVERSARY_LR, constant_schedules, fixed_batches, fresh_method
@@ -97,7 +96,7 @@ def plain_autocast(monkeypatch):
 
 @pytest.mark.parametrize("name", CASES)
 def test_forward_and_backward_on_a_device_without_values(name, plain_autocast):
-    """Whatever is read fails there, and what is made on the host and copied shows; tables are made at the first step."""
+    """What is read fails there, what is made on the host and copied shows; tables are made at the first step."""
     config, world = make_config(name, "optim.clip_grad=0.0"), World(device=torch.device("meta"))
     batch = fixed_batches(config, World(), BATCH, 1)[0].to("meta")
     engine = build_engine(config, fresh_method(config, World()), world, BATCH, 1)

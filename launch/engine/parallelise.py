@@ -25,8 +25,9 @@ def parallelise(
     """Checkpoint the activations of a method by `policy`, compile its blocks if `compiled`, and shard it, in place.
 
     With `few_shapes`, as recommended masks give them, each shape gets a graph of its own; otherwise a stack has one for
-    the first shape and one for all others. `shard` is called with every block, trained or frozen, and last with the method: a teacher is cut where its student
-    is, or their shards would not line up for the moving average. Compiling sets options of torch for the process.
+    the first shape and one for all others. `shard` is called with every block, trained or frozen, and last with the
+    method: a teacher is cut where its student is, or their shards would not line up for the moving average. Compiling
+    sets options of torch for the process.
     """
     # First, so that the compiler sees what is computed again and the sharding's hooks stay outside of it: they gather
     # a block's weights once for its whole backward.
