@@ -22,6 +22,7 @@ ROOMS = [
     ".launch.exchange",
     ".launch.nodes",
     ".launch.planning",
+    ".launch.report",
     ".models",
     ".kernels",
     ".data",
@@ -38,7 +39,7 @@ setup(
     python_requires=">=3.11",
     packages=["elsewhere" + room for room in ROOMS],
     package_dir={"elsewhere": "."},
-    package_data={"elsewhere": ["configs/*.yaml", "configs/published/*.yaml", "ds_configs/*"]},
+    package_data={"elsewhere": ["configs/*.yaml", "configs/published/*.yaml", "ds_configs/*", "launch/report/page.*"]},
     cmdclass={"build_py": BuildWithoutSetup},
     install_requires=[
         "torch>=2.11",
@@ -74,6 +75,8 @@ setup(
         "detect": ["pycocotools>=2.0.8"],
         # setuptools: FFCV builds with it, and imports distutils when it runs, which Python left to it.
         "ffcv": ["ffcv>=1.0.2", "setuptools>=70.1"],
+        "report": ["matplotlib>=3.8"],
+        "wandb": ["wandb>=0.18"],
         "tiff": ["tifffile>=2024.1"],
         "docs": ["mkdocs-material>=9.5", "latex2mathml>=3.77"],
         "lint": ["ruff>=0.9", "pyright>=1.1.390"],

@@ -76,9 +76,7 @@ def cautions(config: Config) -> list[str]:
     return found
 
 
-def banner(
-    console: Console, config: Config, world: World, parts: Parts, start: str, notes: list[str], hosts: list[str]
-) -> None:
+def facts(config: Config, world: World, parts: Parts, start: str) -> dict[str, str]:
     """Machines and versions, precision and why, sizes, batch and steps, and where the run starts."""
     method, batch = parts.method, config.optim.batch_size
     dtype = str(method.compute_dtype).removeprefix("torch.")
@@ -89,8 +87,8 @@ def banner(
     teacher = " and teacher" if isinstance(method, Jepa) else ""
     choices = method.kernel_choices(world.device)
     kernels = "; ".join(f"{path}: {choice.operator} ({choice.why})" for path, choice in choices.items())
-    lines = {
-        "run": f"{config.run.dir}  (recipe: {config.about})" if config.about else config.run.dir,
+    return {
+        "run": f"{config.run.dir}  (recipe: {config.about})" if config.about else str(config.run.dir),
         "hardware": hardware(world),
         "versions": versions_line(config),
         "engine": _engine(config, world),
@@ -103,6 +101,10 @@ def banner(
         f"{parts.steps_per_epoch:.7g} steps an epoch, {parts.steps} in all",
         "start": start,
     }
+
+
+def banner(console: Console, lines: dict[str, str], config: Config, world: World, notes: list[str], hosts: list[str]):
+    """Print the facts of a start, its machines, and what a user should know."""
     for name, text in lines.items():
         if not text:  # a method without a choice of kernels
             continue

@@ -39,6 +39,7 @@ from .inspect_path import add_inspect_command, run_inspect  # noqa: E402
 from .nodes.check_hosts import add_hosts_command, run_hosts  # noqa: E402
 from .nodes.submit import add_submit_command, run_submit  # noqa: E402
 from .planning.command import add_plan_command, run_plan  # noqa: E402
+from .report.report_command import add_report_command, run_report  # noqa: E402
 from .run_command import add_run_command, positive, run_recipe  # noqa: E402
 from .shards import add_shards_command, run_shards  # noqa: E402
 
@@ -97,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     add_evaluate_command(commands)
     add_reproduce_command(commands)
     add_look_command(commands)
+    add_report_command(commands)
     bench = commands.add_parser("bench", help="Measure a part on this machine.").add_subparsers(
         dest="part", required=True, metavar="PART"
     )
@@ -347,4 +349,5 @@ _COMMANDS = {
     "configs": _configs, "plan": run_plan, "submit": run_submit, "hosts": run_hosts, "bench": _bench,
     "shards": run_shards, "inspect": run_inspect, "consolidate": run_consolidate, "export": run_export,
     "zoo": run_zoo, "probe": run_probe, "evaluate": run_evaluate, "reproduce": run_reproduce, "look": run_look,
+    "report": run_report,
 }  # fmt: skip

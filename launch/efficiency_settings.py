@@ -44,6 +44,8 @@ class Monitor(Section):
     adversary_every: Annotated[int, Field(ge=0)] = 200  # steps between two measurements of the attack's gain
     peak_tflops: Positive | None = None
     tensorboard: bool = True
+    wandb: bool | str = False  # Weights & Biases: true, or the name of a project there
+    wandb_name: str | None = None  # of the run there; None: of its folder
     progress: bool = True
 
 

@@ -1,4 +1,4 @@
-"""What a run shows: banner, progress bar, `metrics.jsonl`, TensorBoard, collapse and non-finite watch."""
+"""What a run shows: banner, progress bar, `metrics.jsonl`, TensorBoard or others, collapse and non-finite watch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import time
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from .errors import UserError
 from .planning.hardware import peaks
+from .sinks import Sink, TensorBoard
 from .world import World
 
 PEAKS = peaks()  # dense half-precision TFLOP/s, by a part of the name
@@ -80,6 +82,7 @@ class Monitor:
         max_corrupt: int | None = None,
         tensorboard: bool = True,
         progress: bool = True,
+        sinks: Sequence[Sink] = (),
     ):
         self.world, self.console, self.every = world, console, every
         self.images_per_step, self.flops_per_image, self.peak = images_per_step, flops_per_image, peak
@@ -88,15 +91,14 @@ class Monitor:
         self.last_step, self.max_corrupt = last_step, max_corrupt
         self._epoch, self._corrupt = -1, 0
         self._named: set[str] = set()
-        self._file = self._board = self._progress = None
+        self._file = self._progress = None
+        self._sinks: list[Sink] = list(sinks) if world.first else []
         if world.first:
             path = run / "metrics.jsonl"
             keep_rows_before(path, first_step)
             self._file = path.open("a", encoding="utf-8")
             if tensorboard:
-                from torch.utils.tensorboard import SummaryWriter
-
-                self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first_step)
+                self._sinks.append(TensorBoard(run / "tensorboard", first_step))
             if progress:
                 self._progress = Progress(
                     TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
@@ -128,12 +130,19 @@ class Monitor:
             )
         self.note({"reason": f"gradients of the {where} overflowed in float16", "loss_scale": scale}, "skipped")
 
+    def begin(self, facts: Mapping[str, Any]) -> None:
+        """Write where and with what the run starts or goes on, beside the training rows."""
+        self._write({"step": self.step - 1, "group": "start", **facts})
+
     def flush(self) -> None:
         """Read and write what is pending; raises NonFiniteLoss."""
         if not self._pending:
             return
-        names = sorted(self._pending[0][2])
-        values = torch.stack([torch.stack([loss, *(s[n] for n in names)]) for _, loss, s, _ in self._pending]).float()
+        names = sorted({name for _, _, scalars, _ in self._pending for name in scalars})
+        # Not every step has them all: a gradient's norm is there from the first step that was not skipped.
+        values = torch.stack(
+            [torch.stack([loss, *(s.get(n, torch.zeros_like(loss)) for n in names)]) for _, loss, s, _ in self._pending]
+        ).float()
         ranks = self.world.gather(values).cpu()  # [ranks, steps, 1 + names]
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
@@ -146,16 +155,16 @@ class Monitor:
             speed["mfu"] = round(rate * self.flops_per_image / (self.peak * 1e12 * self.world.size), 4)
         if self.world.device.type == "cuda":
             speed["memory_gb"] = round(torch.cuda.max_memory_allocated(self.world.device) / 1e9, 3)
-        for (step, _, _, facts), (loss, *rest) in zip(self._pending, means, strict=True):
-            row = {"step": step, "loss": loss, **facts, **dict(zip(names, rest, strict=True))}
+        for (step, _, scalars, facts), (loss, *rest) in zip(self._pending, means, strict=True):
+            known = {name: value for name, value in zip(names, rest, strict=True) if name in scalars}
+            row = {"step": step, "loss": loss, **facts, **known}
             self._write({**row, **(speed if step == steps[-1] else {})})
             last = row
             self._count(row)
         self._pending, self._wait = [], 0.0
-        if self._board:
-            for name, value in {**last, **speed}.items():
-                if name != "step":
-                    self._board.add_scalar(f"train/{name}", value, last["step"])
+        numbers = {f"train/{name}": value for name, value in {**last, **speed}.items() if name != "step"}
+        for sink in self._sinks:
+            sink.scalars(numbers, last["step"])
         fast = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
         if self.world.first:
             self._report(
@@ -196,15 +205,18 @@ class Monitor:
         """Write numbers that belong to the step just finished, beside the training rows."""
         step = self.step - 1
         self._write({"step": step, "group": group, **values})
-        if self._board:
-            for name, value in values.items():
-                if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-                    self._board.add_scalar(f"{group}/{name}", value, step)
+        numbers = {
+            f"{group}/{name}": value
+            for name, value in values.items()
+            if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        }
+        for sink in self._sinks:
+            sink.scalars(numbers, step)
 
     def picture(self, name: str, image: Tensor) -> None:
-        """Show a picture, uint8 `[3, H, W]`, in TensorBoard."""
-        if self._board:
-            self._board.add_image(name, image, self.step)
+        """Show a picture, uint8 `[3, H, W]`, in TensorBoard and wherever else numbers go."""
+        for sink in self._sinks:
+            sink.picture(name, image, self.step)
 
     def say(self, text: str) -> None:
         """A line above the progress bar."""
@@ -231,8 +243,8 @@ class Monitor:
     def close(self) -> None:
         if self._progress:
             self._progress.stop()
-        if self._board:
-            self._board.close()
+        for sink in self._sinks:
+            sink.close()
         if self._file:
             self._file.close()
 

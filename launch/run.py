@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +16,7 @@ from ..data.loader import dead_worker
 from ..data.order import Plan
 from ..data.prefetch import OnDevice
 from ..data.webdataset import Stream
-from .banner import banner
+from .banner import banner, facts
 from .checkpoint import Checkpoints
 from .config import Config
 from .engine.base import Engine
@@ -26,6 +27,7 @@ from .monitor import Monitor, peak_tflops, say
 from .nodes.hosts import check_hosts, check_shared_folder
 from .parts import Parts
 from .resume import check_same, describe, open_run, restore
+from .sinks import Sink, Wandb, load_wandb
 from .upkeep import Upkeep
 from .world import World, join
 
@@ -92,6 +94,8 @@ def run(
         folder = Path(str(config.run.dir))
         checkpoints = Checkpoints(folder, config.checkpoint.keep, world)
         hosts = check_hosts(config, world)
+        if config.monitor.wandb:
+            world.agree(lambda: load_wandb() if world.first else None)
         if measure_only and not folder.is_dir():
             raise UserError(f"There is no run in {folder} to measure; train it first, or name its run.dir.")
         saved, complaints = world.first_decides(lambda: open_run(folder, checkpoints, fresh, held))
@@ -108,12 +112,13 @@ def run(
         engine = world.agree(lambda: build_engine(config, parts.method, world, parts.micro_batch, parts.accumulation))
         if saved:
             world.agree(lambda: restore(engine, saved))
+        lines = facts(config, world, parts, start) if world.first else {}
         if world.first:
             if not measure_only:
                 (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
             for complaint in complaints:
                 say(console, f"{complaint} Falling back to the one before it.")
-            banner(console, config, world, parts, start, notes, hosts)
+            banner(console, lines, config, world, notes, hosts)
         before = saved.about.get("before") if saved else None
         result = Result(folder, saved.step if saved else 0, False, before)
         if measure_only:
@@ -121,7 +126,7 @@ def run(
             if world.first and result.after:
                 say(console, task.line(f"after {result.steps} of {parts.steps} steps", result.after))
             return result
-        _train(config, task, world, parts, engine, checkpoints, console, result, resumed=saved is not None)
+        _train(config, task, world, parts, engine, checkpoints, console, result, lines, resumed=saved is not None)
         if world.first and result.complete:
             task.summary(console, result)
         return result
@@ -147,16 +152,18 @@ def _train(
     checkpoints: Checkpoints,
     console: Console,
     result: Result,
+    lines: dict[str, str],
     resumed: bool,
 ) -> None:
     """Measure, train, measure; fills `result`."""
     first, last = result.steps, parts.steps
+    sinks = world.agree(lambda: _more_sinks(config, result.run) if world.first and first < last else [])
     monitor = Monitor(
         result.run, world, console, first_step=first, last_step=last, images_per_step=config.optim.batch_size,
         flops_per_image=1e9 * parts.gflops_per_image,
         peak=config.monitor.peak_tflops or peak_tflops(world.device, parts.method.compute_dtype),
         every=config.monitor.log_every, max_corrupt=config.data.max_corrupt, tensorboard=config.monitor.tensorboard,
-        progress=config.monitor.progress and console.is_terminal,
+        progress=config.monitor.progress and console.is_terminal, sinks=sinks,
     )  # fmt: skip
 
     def measure(step: int) -> dict[str, Any] | None:
@@ -170,6 +177,9 @@ def _train(
         return found
 
     try:
+        if first < last:
+            now = datetime.now().astimezone().isoformat(timespec="seconds")
+            monitor.begin({"time": now, "steps": last, **lines})
         if not resumed and config.probe.before:
             result.before = measure(0)
         plan = Plan(
@@ -199,6 +209,12 @@ def _train(
             result.signal = upkeep.received or signal.SIGTERM  # another rank's
     finally:
         monitor.close()
+
+
+def _more_sinks(config: Config, folder: Path) -> list[Sink]:
+    """Where numbers go besides files of the run."""
+    section = config.monitor
+    return [Wandb(folder, section.wandb, section.wandb_name, config.to_dict())] if section.wandb else []
 
 
 def _finish(config: Config, world: World, result: Result, measure) -> dict[str, Any] | None:

@@ -58,6 +58,18 @@ def test_nothing_is_read_from_the_device_between_readings(tmp_path):
     watch.close()
 
 
+def test_a_number_that_comes_later_is_written_from_there_on(tmp_path):
+    """As the norm of the gradient, of which a skipped first step has none."""
+    watch = monitor(tmp_path)
+    for step in range(3):
+        more = {"gradient_norm": torch.tensor(float(step))} if step else {}
+        watch.record(torch.tensor(1.0), {"target_std": torch.tensor(0.5), **more}, {"lr": 1e-3, "epoch": 0.0}, 0.0)
+    watch.flush()
+    watch.close()
+    assert [row.get("gradient_norm") for row in rows(tmp_path)] == [None, 1.0, 2.0]
+    assert all(row["target_std"] == 0.5 for row in rows(tmp_path))
+
+
 def test_model_flops_utilisation_is_flops_by_time_and_peak(tmp_path):
     watch = monitor(tmp_path, peak=1e-3)
     for _ in range(10):

@@ -16,9 +16,9 @@ BELOW = {
     "": {"launch"}, "launch": {"models", "kernels", "data"}, "models": {"kernels"}, "kernels": set(), "data": set()
 }  # fmt: skip
 PACKAGE_OF = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
-# NVIDIA's, built from its repository; a reader for TIFFs of many channels, which Pillow has no mode for; and COCO's
-# masks and scores.
-OPTIONAL = {"apex", "tifffile", "pycocotools"}
+# NVIDIA's, built from its repository; a reader for TIFFs of many channels, which Pillow has no mode for; COCO's masks
+# and scores; a report's PNG; and a service for those who have an account there.
+OPTIONAL = {"apex", "tifffile", "pycocotools", "matplotlib", "wandb"}
 TOP = {
     "launch", "models", "kernels", "data", "configs", "ds_configs", "tests", "docs", ".ci", ".gitignore", "README.md",
     "setup.py", "pyproject.toml", "__init__.py", "LICENSE", "mkdocs.yml", "CHANGELOG.md", "CONTRIBUTING.md",
