@@ -226,12 +226,20 @@ def attention(
     `q`, `k` and `v` are `[B, H, L, d]`, `bias` broadcasts to `[B, H, L, L]`; `value_term` is given the probabilities.
     """
     bias = None if bias is None else bias.to(q.dtype)
-    if value_term is None:
+    if value_term is None and _fused(q, bias):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
     logits = (q * scale) @ k.transpose(-2, -1)
     # Autocast would give float32 probabilities and then cast them once for each product.
     p = (logits if bias is None else logits + bias).softmax(dim=-1).to(v.dtype)
-    return p @ v + value_term(p)
+    return p @ v if value_term is None else p @ v + value_term(p)
+
+
+def _fused(q: Tensor, bias: Tensor | None) -> bool:
+    """Whether torch's own attention is quicker than its parts: not on a CPU with a trained bias.
+
+    There it computes the same parts, and looks for rows without any key besides (docs/benchmarks/steps.md).
+    """
+    return bias is None or not bias.requires_grad or q.device.type != "cpu" or q.dtype.itemsize < 4
 
 
 def choose_form(device: torch.device, length: int, columns: int, groups: int = 1) -> str:

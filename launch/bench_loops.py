@@ -30,7 +30,7 @@ from .bench_batches import fixed_batches
 from .build import build_adversary, build_method, build_optimizer, build_schedules
 from .checkpoint import Checkpoints
 from .config import Config
-from .engine.choose import build_engine
+from .engine.choose import build_engine, few_shapes
 from .engine.ds_settings import load_settings
 from .engine.parallelise import parallelise
 from .engine.precision import choose_precision
@@ -93,7 +93,9 @@ class Bare:
         self.deepspeed: Any = None
         if config.engine.kind != "fsdp":
             method.to(world.device)
-        parallelise(method, config.engine.activation_checkpointing, config.engine.compile)
+        parallelise(
+            method, config.engine.activation_checkpointing, config.engine.compile, few_shapes=few_shapes(config)
+        )
         self.model: Any = method
         if config.engine.kind == "deepspeed":
             self._begin_deepspeed(config, batch)

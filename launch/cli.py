@@ -24,6 +24,7 @@ from importlib.metadata import version  # noqa: E402
 from typing import TYPE_CHECKING, Any, NoReturn  # noqa: E402
 
 from .bench_commands import add_bench_all, add_bench_step, run_bench_all, run_bench_step  # noqa: E402
+from .bench_released import add_released_command, run_released  # noqa: E402
 from .consolidate import add_consolidate_command, run_consolidate  # noqa: E402
 from .doctor.command import add_doctor_command, run_doctor  # noqa: E402
 from .errors import UserError, first_of_machine, print_error  # noqa: E402
@@ -180,6 +181,7 @@ def _parser() -> argparse.ArgumentParser:
     nearest = bench.add_parser("nearest", help=text, description=text)
     for name, default in (("train", 50_000), ("val", 10_000), ("width", 768)):
         nearest.add_argument(f"--{name}", type=positive, default=default, help=f"({default})")
+    add_released_command(bench)
     for command in bench.choices.values():
         command.add_argument("--json", type=Path, metavar="FILE", help="write the result there as well")
     return parser
@@ -282,6 +284,8 @@ def _bench(arguments: argparse.Namespace) -> int:
             arguments.layers,
         )  # fmt: skip
         print_features_table(result)
+    elif arguments.part == "released":
+        result = run_released(arguments)
     elif arguments.part == "nearest":
         from .bench_features import bench_nearest, print_nearest_table
 

@@ -15,7 +15,7 @@ from ..kernels import dispatch
 from ..kernels.stochastic_positions import position_noise, stochastic_positions
 from .method import IMAGENET_MEAN, IMAGENET_STD, Method
 from .positions import Positions
-from .vit import Encoder, Size, encoder_flops, initialise, norm_layer, take, transformer_blocks
+from .vit import Encoder, LastBlock, Size, encoder_flops, initialise, norm_layer, take, transformer_blocks
 
 CONTEXT_STREAM = 1 << 15  # context blocks draw from block numbers of their own
 
@@ -75,7 +75,7 @@ class Predictor(nn.Module):
         self.embed = nn.Linear(width, size.width)
         self.positions = Positions(size.width, grid, positions)
         self.mask_token = nn.Parameter(torch.empty(size.width)) if mask_token == "learned" else None
-        self.blocks = transformer_blocks(size, norm)
+        self.blocks = transformer_blocks(size, norm, last=LastBlock)
         self.norm = norm_layer(norm)(size.width)
         self.proj = nn.Linear(size.width, width)
         initialise(self, self.blocks, init_std, depth_scaled_init)
@@ -119,10 +119,17 @@ class Predictor(nn.Module):
         masked = self._positions(wanted, noise, self.bias_as_token)
         if self.mask_token is not None:
             masked = masked + self.mask_token
-        x = torch.cat([known.repeat(blocks, 1, 1), masked], dim=1)
-        for block in self.blocks:
+        # One pass for all target blocks; the context is copied once, into its place before each.
+        x = torch.cat([known.expand(blocks, -1, -1, -1), masked.unflatten(0, (blocks, -1))], dim=2).flatten(0, 1)
+        for block in self.blocks[:-1]:
             x = block(x)
-        return self.proj(self.norm(x)[:, known.shape[1] :])
+        return self.proj(self.norm(self.blocks[-1](x, targets.shape[2])))
+
+
+def predictor_flops(size: Size, context: int, target: int) -> float:
+    """Floating-point operations of a predictor's blocks for one target block, the last of which predicts that alone."""
+    spared = (2 + 4 * size.mlp_ratio) * size.width**2 + 4 * (context + target) * size.width
+    return encoder_flops(size, context + target) - context * spared
 
 
 class Jepa(Method):
@@ -211,15 +218,17 @@ class Jepa(Method):
         context_noise: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Predictions and teacher features, each `[T·E·B, Nt, width]`, of normalised images `[B, C, H, W]`."""
-        contexts, blocks = context.shape[0], targets.shape[0]
+        contexts = context.shape[0]
+        # Not inference mode: FSDP2 fails to gather weights in it, and it saves under a microsecond an operation.
         with torch.no_grad():
             features = self.teacher(images, last=self.teacher_layers)
-            features = F.layer_norm(features, features.shape[-1:])
-            wanted = torch.cat([take(features, block) for block in targets])  # [T·B, Nt, width]
-            if self.pairing == "published":
-                wanted = wanted.repeat_interleave(contexts, dim=0)
+            wanted = take(features, targets)  # [T, B, Nt, width]
+            wanted = F.layer_norm(wanted, wanted.shape[-1:])
+            if contexts > 1 and self.pairing == "published":
+                wanted = wanted.repeat_interleave(contexts, dim=1)
             elif contexts > 1:
-                wanted = wanted.unflatten(0, (blocks, -1))[:, None].expand(-1, contexts, -1, -1, -1).flatten(0, 2)
+                wanted = wanted[:, None].expand(-1, contexts, -1, -1, -1).flatten(1, 2)
+            wanted = wanted.flatten(0, 1)
         tokens = self.encoder(images, context)
         return self.predictor(tokens, context, targets, noise, context_noise), wanted
 
@@ -230,12 +239,12 @@ class Jepa(Method):
         """
         encoder, predictor = self.encoder, self.predictor
         patches, width, narrow = encoder.grid[0] * encoder.grid[1], encoder.num_features, predictor.embed.out_features
-        patching = 2 * patches * encoder.channels * encoder.patch_size**2 * width
-        student = patching + contexts * encoder_flops(encoder.size, context)
-        teacher = patching + encoder_flops(encoder.size, patches)
+        patching = 2 * encoder.channels * encoder.patch_size**2 * width
+        student = contexts * (context * patching + encoder_flops(encoder.size, context))
+        teacher = patches * patching + encoder_flops(encoder.size, patches)
         ends = 2 * contexts * width * narrow * (context + blocks * target)
         noise = 2 * contexts * blocks * target * width * narrow if predictor.stop.targets else 0
-        predicting = ends + noise + contexts * blocks * encoder_flops(predictor.size, context + target)
+        predicting = ends + noise + contexts * blocks * predictor_flops(predictor.size, context, target)
         return 3.0 * (student + predicting) + teacher
 
     @torch.no_grad()

@@ -255,9 +255,10 @@ class Mae(Method):
         """Floating-point operations of one training step per image of `views` crops: backward as two forwards."""
         encoder, decoder = self.encoder, self.decoder
         patches, width, narrow = encoder.grid[0] * encoder.grid[1], encoder.size.width, decoder.size.width
-        seen = (visible if self.visible_only else patches) + encoder.num_prefix_tokens
+        embedded = visible if self.visible_only else patches
+        seen = embedded + encoder.num_prefix_tokens
         pixels = encoder.channels * encoder.patch_size**2
-        ends = 2 * patches * pixels * width + 2 * seen * width * narrow + 2 * patches * narrow * pixels
+        ends = 2 * embedded * pixels * width + 2 * seen * width * narrow + 2 * patches * narrow * pixels
         inner = encoder_flops(encoder.size, seen, encoder.relative)
         inner += encoder_flops(decoder.size, patches + encoder.num_prefix_tokens, encoder.relative)
         return 3.0 * views * (ends + inner)

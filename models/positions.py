@@ -9,14 +9,16 @@ from torch.nn import functional as F
 KINDS = ("sincos", "learned", "low_resolution")
 
 
-def grid_coordinates(grid: tuple[int, int], onto: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
+def grid_coordinates(
+    grid: tuple[int, int], onto: tuple[int, int] | None = None, device: torch.device | None = None
+) -> tuple[Tensor, Tensor]:
     """Row and column of every patch of `grid`, each `[N]` float64, in units of the grid `onto` (default: the same).
 
     On another grid the patch centres stay where they are in the picture, so positions interpolate.
     """
     axes = []
     for here, there in zip(grid, onto or grid, strict=True):
-        centres = torch.arange(here, dtype=torch.float64)
+        centres = torch.arange(here, dtype=torch.float64, device=device)
         axes.append(centres if here == there else (centres + 0.5) * (there / here) - 0.5)
     rows, columns = torch.meshgrid(*axes, indexing="ij")
     return rows.flatten(), columns.flatten()
@@ -43,7 +45,7 @@ def shifted_sincos(dim: int, grid: tuple[int, int], shift: Tensor) -> Tensor:
 
     AdPE's coordinate attack on absolute positions; gradients reach `shift`.
     """
-    rows, columns = (axis.to(shift.device) for axis in grid_coordinates(grid))
+    rows, columns = grid_coordinates(grid, device=shift.device)  # made there: a copy would wait for the device
     rows, columns = rows + shift[0].double(), columns + shift[1].double()
     return sincos(dim, rows, columns).float()
 

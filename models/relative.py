@@ -180,10 +180,25 @@ def _lookup(
         return make_lookup(_index(grid, prefix, method, ratio, device), columns, grid, prefix)
 
 
+# The compiler looks through what is remembered, and would make these anew in every layer at every step.
 @torch.compiler.assume_constant_result
 def _constant_lookup(*of: Any) -> Lookup:
-    """`_lookup`, which the compiler does not look into."""
     return _lookup(*of)
+
+
+@torch.compiler.assume_constant_result
+def _constant_index(*of: Any) -> Tensor:
+    return _index(*of)
+
+
+@torch.compiler.assume_constant_result
+def _constant_offsets(*of: Any) -> tuple[Tensor, Tensor]:
+    return _offsets(*of)
+
+
+@torch.compiler.assume_constant_result
+def _constant_unshifted(*of: Any) -> Tensor:
+    return _unshifted(*of)
 
 
 def interpolation_weights(offsets: Tensor, ratio: float, lookup: str) -> Tensor:
@@ -238,9 +253,9 @@ def spread(
     the table's column. The released `adv_shift` is (row, column) as well: it is added before they are swapped.
     """
     if shift is None:
-        pairs = _unshifted(grid, ratio, lookup, table.dtype, table.device)
+        pairs = _constant_unshifted(grid, ratio, lookup, table.dtype, table.device)
     else:
-        offsets, axis = _offsets(grid, table.dtype, table.device)
+        offsets, axis = _constant_offsets(grid, table.dtype, table.device)
         pairs = _pairs(interpolation_weights(offsets + shift[axis], ratio, lookup), grid, lookup)
     looked_up = table[:, :, : pairs.shape[1]] @ pairs.T
     return torch.cat([looked_up, table[:, :, -1:]], dim=2) if prefix else looked_up
@@ -284,7 +299,7 @@ class RelativeTable(nn.Module):
     def index(self, grid: tuple[int, int], device: torch.device) -> Tensor:
         """The column of the looked-up table for every pair, `[L, L]` int64."""
         method = self.relative.method if self.relative.lookup == "hard" else "offset"
-        return _index(grid, self.prefix, method, self.relative.ratio, device)
+        return _constant_index(grid, self.prefix, method, self.relative.ratio, device)
 
     def lookup(self, grid: tuple[int, int], device: torch.device) -> Lookup:
         """What the kernels know of the lookups in the tables of `tables`."""

@@ -6,11 +6,13 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from timm.layers.patch_embed import PatchEmbed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .attention import RelativeBlock
 from .drop_path import DropPath
@@ -86,8 +88,23 @@ def initialise(module: nn.Module, blocks: nn.ModuleList, std: float | None = 0.0
 
 
 def take(tokens: Tensor, index: Tensor) -> Tensor:
-    """The tokens `[B, N, D]` at `index` `[B, K]`: `[B, K, D]`."""
-    return torch.gather(tokens, 1, index[..., None].expand(-1, -1, tokens.shape[-1]))
+    """Of tokens `[B, N, D]` those at `index` `[..., B, K]`: `[..., B, K, D]`."""
+    starts = torch.arange(0, tokens[..., 0].numel(), tokens.shape[1], device=index.device)
+    return tokens.flatten(0, 1).index_select(0, (index + starts[:, None]).flatten()).unflatten(0, index.shape)
+
+
+class LastBlock(Block):
+    """A `Block` that gives its last `kept` tokens alone; the others are keys and values to them, and go no further."""
+
+    def forward(self, x: Tensor, kept: int) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """`[B, L, D]` to `[B, kept, D]`."""
+        batch, length, width = x.shape
+        attention: Any = self.attn
+        mlp: Any = self.mlp
+        q, k, v = attention.qkv(self.norm1(x)).view(batch, length, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q[:, :, -kept:], k, v)
+        x = x[:, -kept:] + attention.proj(attended.transpose(1, 2).reshape(batch, kept, width))
+        return x + mlp(self.norm2(x))
 
 
 def encoder_flops(size: Size, tokens: int, relative: Relative | None = None) -> float:
@@ -107,8 +124,9 @@ def transformer_blocks(
     prefix: int = 0,
     drop_path: float = 0.0,
     norm_eps: float = 1e-6,
+    last: type[Block] = Block,
 ) -> nn.ModuleList:
-    """`size.depth` pre-norm transformer blocks with biased qkv and exact GELU.
+    """`size.depth` pre-norm transformer blocks with biased qkv and exact GELU, the last of them a `last`.
 
     With `relative` positions they are `RelativeBlock`s, whose first `prefix` tokens are no patches. The share of
     samples whose residual branches are dropped in training rises from 0 in the first block to `drop_path` in the last
@@ -121,8 +139,8 @@ def transformer_blocks(
             RelativeBlock(size.width, size.heads, size.mlp_ratio, relative, layer, prefix, rate) for rate in rates
         )
     blocks = [
-        Block(size.width, size.heads, size.mlp_ratio, qkv_bias=True, norm_layer=layer)  # pyright: ignore
-        for _ in rates
+        kind(size.width, size.heads, size.mlp_ratio, qkv_bias=True, norm_layer=layer)  # pyright: ignore
+        for kind in [Block] * (size.depth - 1) + [last]
     ]
     for block, rate in zip(blocks, rates, strict=True):
         if rate:
@@ -198,10 +216,22 @@ class Encoder(nn.Module):
             )
         return height // self.patch_size, width // self.patch_size
 
-    def embed(self, images: Tensor) -> Tensor:
-        """Patch tokens with their positions, `[B, N, D]`, at any size that the patch divides."""
+    def embed(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Patch tokens with their positions, `[B, N, D]`, at any size that the patch divides.
+
+        Of those to `keep` `[B, K]` or `[E, B, K]` alone `[B, K, D]` or `[E·B, K, D]`; the other pixels are not read.
+        """
         grid = self.grid_of(*images.shape[-2:])
-        return self.patch_embed(images) + self.positions(grid)
+        if keep is None:
+            return self.patch_embed(images) + self.positions(grid)
+        size, projection = self.patch_size, self.patch_embed.proj
+        parts = (
+            images.unflatten(3, (-1, size)).unflatten(2, (-1, size)).permute(0, 2, 4, 1, 3, 5)
+        )  # [B, rows, columns, …]
+        image = torch.arange(len(images), device=keep.device)[:, None]
+        pixels = parts[image, keep // grid[1], keep % grid[1]].flatten(0, -5).flatten(2)
+        tokens = F.linear(pixels, projection.weight.flatten(1), projection.bias)
+        return tokens + self.positions(grid)[keep.flatten(0, -2)]
 
     def with_prefix(self, tokens: Tensor) -> Tensor:
         """Patch tokens `[B, N, D]` with the class token in front, where there is one."""
@@ -215,10 +245,7 @@ class Encoder(nn.Module):
 
         `last` > 1 averages the normalised outputs of the last blocks.
         """
-        tokens = self.embed(images)
-        if keep is not None:
-            tokens = take(tokens, keep) if keep.dim() == 2 else torch.cat([take(tokens, part) for part in keep])
-        return self.encode(tokens, self.grid_of(*images.shape[-2:]), last=last)
+        return self.encode(self.embed(images, keep), self.grid_of(*images.shape[-2:]), last=last)
 
     def encode(
         self,

@@ -19,6 +19,8 @@ from elsewhere.launch.engine import activation_checkpointing
 from elsewhere.launch.engine.activation_checkpointing import checkpoint_activations
 from elsewhere.launch.engine.parallelise import parallelise
 from elsewhere.models import jepa
+from elsewhere.models.attention import RelativeBlock
+from elsewhere.models.relative import Relative
 
 POLICIES = ("selective", "full", 2)
 
@@ -315,4 +317,38 @@ def test_compiled_predictor_takes_targets_of_any_length_with_few_graphs(make, co
         graphs.append(stats["unique_graphs"])
     assert furthest(case.gradients(), plain.gradients()) <= 1e-5
     assert len(lengths) >= 4, "the test needs lengths that differ"
-    assert graphs[-1] <= 2 * 3 and graphs[-1] == graphs[3]
+    assert graphs[-1] <= 2 * 4 and graphs[-1] == graphs[3]  # encoder, teacher, predictor and its last block
+
+
+def test_recommended_masks_give_each_stack_one_graph_a_shape(compiler):
+    """Steps 0 to 5, each twice: no more graphs the second time, none dropped for being too many."""
+    stats = compiler("eager")
+    sizes = {"width": 24, "depth": 2, "heads": 3}
+    small = {f"{part}.{key}": value for part in ("model", "method.predictor") for key, value in sizes.items()}
+    case = Case("stop_vit_b16", small)
+    parallelise(case.method, "none", True, few_shapes=True)
+    lengths, graphs = {}, []
+    for step in (*range(6), *range(6)):
+        lengths[step] = case.batch(step).targets.shape[2]
+        case.loss(step).backward()
+        graphs.append(stats["unique_graphs"])
+    different = len(set(lengths.values()))
+    assert different >= 3, "the test needs lengths that differ"
+    # One of the encoder and one of the teacher, which see the same numbers of tokens; two of the predictor for each.
+    assert graphs[5] == graphs[-1] == 2 + 2 * different
+
+
+def test_compiled_relative_blocks_make_no_table_anew(compiler):
+    """The graph of hard buckets holds no step of what finds them."""
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append([getattr(node.target, "__name__", str(node.target)) for node in graph.graph.nodes])
+        return graph.forward
+
+    compiler(keep)
+    for lookup in ("hard", "interpolated"):
+        block = RelativeBlock(24, 2, 4.0, Relative(lookup=lookup), nn.LayerNorm)
+        block.compile()
+        block(torch.randn(2, 17, 24), (4, 4))
+    assert len(graphs) == 2 and {"log", "round", "einsum"}.isdisjoint({*graphs[0], *graphs[1]})

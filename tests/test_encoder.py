@@ -9,7 +9,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from elsewhere.models.positions import Positions, grid_coordinates, sincos
-from elsewhere.models.vit import SIZES, Encoder, Size
+from elsewhere.models.vit import SIZES, Encoder, LastBlock, Size, transformer_blocks
 
 TINY = Size(24, 3, 3)
 TIMM_NAMES = {"base": "vit_base_patch16_224", "large": "vit_large_patch16_224", "huge": "vit_huge_patch14_224"}
@@ -295,3 +295,42 @@ def test_an_unknown_norm_or_position_is_refused():
         encoder(norm="layer")
     with pytest.raises(ValueError, match="choose one of sincos, learned, low_resolution"):
         encoder(positions="sin")
+
+
+@pytest.mark.parametrize("positions", ["sincos", "learned"])
+@pytest.mark.parametrize("keep", [(2, 3), (2, 2, 3)], ids=["a selection", "two of each image"])
+def test_patches_that_are_kept_are_embedded_as_among_all(keep, positions):
+    """Values, and the gradients of all that makes them, against a whole embedding and a gather."""
+    ours = encoder(positions=positions).double()
+    batch, weight = images().double(), torch.randn(*keep, TINY.width, dtype=torch.float64).flatten(0, -3)
+    index = torch.stack([torch.randperm(8)[: keep[-1]] for _ in range(math.prod(keep[:-1]))]).view(keep)
+    taken = [
+        torch.gather(ours.embed(batch), 1, part[..., None].expand(-1, -1, TINY.width))
+        for part in index.view(-1, *keep[-2:])
+    ]
+    parameters = [p for p in ours.parameters() if p.requires_grad][:3]
+    expected = torch.cat(taken)
+    found = ours.embed(batch, index)
+    torch.testing.assert_close(found, expected)
+    both = (torch.autograd.grad((one * weight).sum(), parameters, allow_unused=True) for one in (found, expected))
+    for ours_, theirs in zip(*both, strict=True):
+        torch.testing.assert_close(ours_, theirs)
+
+
+def test_pixels_that_are_not_kept_are_not_read():
+    batch = images()
+    batch[:, :, :4] = torch.nan  # the first row of patches
+    assert encoder().embed(batch, torch.tensor([[2, 3], [4, 7]])).isfinite().all()
+
+
+def test_a_last_block_gives_what_a_block_gives_at_the_end():
+    """Output, and the gradients of input and weights, in float64."""
+    torch.manual_seed(0)
+    last, whole = transformer_blocks(TINY, "torch", last=LastBlock)[-1], transformer_blocks(TINY, "torch")[-1]
+    whole.load_state_dict(last.state_dict())
+    x, weight = torch.randn(2, 7, TINY.width).double().requires_grad_(), torch.randn(2, 3, TINY.width).double()
+    both = []
+    for output, block in ((last.double()(x, 3), last), (whole.double()(x)[:, -3:], whole)):
+        both.append((output, *torch.autograd.grad((output * weight).sum(), [x, *block.parameters()])))
+    for found, expected in zip(*both, strict=True):
+        torch.testing.assert_close(found, expected)

@@ -8,7 +8,6 @@ from unittest import mock
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from elsewhere.launch import portable
@@ -22,6 +21,7 @@ from elsewhere.launch.optim import clip_gradients, make_optimizer
 from elsewhere.launch.pretrain import pretrain
 from elsewhere.launch.world import World, join
 from elsewhere.models.adversary import Adversary
+from elsewhere.tests.host_waits import HostWaits
 
 
 def run(settings):
@@ -361,23 +361,13 @@ def test_clipping_leaves_the_adversary_alone():
     assert_same(clipped.adversary.seen, free.adversary.seen)
 
 
-class Waits(TorchDispatchMode):
-    """Counts how often the host asks a tensor for its value."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func is torch.ops.aten._local_scalar_dense.default
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("float16", [False, True])
 def test_the_host_waits_for_the_overflow_flag_of_float16_alone(float16):
     engine = toy_engine(scaler=LossScaler(float16), clip_grad=1.0)
     engine.forward_backward(toy_batch(), 0)
-    with Waits() as waits:
+    with HostWaits() as waits:
         engine.step(0.1)
-    assert waits.count == float16
+    assert waits.found == ["aten._local_scalar_dense.default"] * float16
 
 
 @pytest.fixture

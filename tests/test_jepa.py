@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -388,3 +389,46 @@ def test_operations_are_counted(where, contexts):
         method(batch)[0].backward()
     counted = counter.get_total_flops() / 2
     assert abs(method.flops_per_image(contexts, 18, 4, 12) / counted - 1) < 0.04
+
+
+def test_the_teacher_leaves_nothing_for_a_backward():
+    method, batch, inside, kept = make_method(Stop()), make_batch(), [False], {True: 0, False: 0}
+    method.teacher.register_forward_pre_hook(lambda *_: inside.__setitem__(0, True))
+    method.teacher.register_forward_hook(lambda *_: inside.__setitem__(0, False))
+
+    def keep(tensor):
+        kept[inside[0]] += 1
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        method(batch)
+    assert kept[True] == 0 < kept[False]
+
+
+@pytest.mark.parametrize("contexts", [1, 2])
+def test_all_target_blocks_are_predicted_in_one_pass(contexts):
+    method, calls = make_method(Stop()), []
+    for block in (*method.predictor.blocks, *method.teacher.blocks, *method.encoder.blocks):
+        block.register_forward_hook(lambda module, inputs, output: calls.append(module))
+    method(make_batch(contexts=contexts))
+    assert len(calls) == len(set(calls)) == 3 * 2
+
+
+def test_the_context_is_copied_once_for_all_target_blocks():
+    """Of the tensors as long as the predictor's input there is that input alone, and what comes after it."""
+
+    class Made(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.names = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if func.overloadpacket in (torch.ops.aten.repeat, torch.ops.aten.cat, torch.ops.aten.gather):
+                self.names.append(func.overloadpacket)
+            return out
+
+    method, batch = make_method(Stop("none")), make_batch()
+    with Made() as made:
+        method.predict(torch.randn(4, CHANNELS, 8, 8), batch.context, batch.targets)
+    assert made.names == [torch.ops.aten.cat]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch.optim import Optimizer
 
 from ..build import build_adversary, build_optimizer
-from ..config import Config
+from ..config import TASKS, Config
 from ..errors import UserError
 from ..world import World
 from .base import Engine
@@ -58,14 +58,14 @@ def build_engine(config: Config, method: Method, world: World, micro_batch: int,
         world, LossScaler(section.precision == "float16"), accumulation, optim.clip_grad, optim.clip_scope,
         adversary.to(world.device) if adversary else None,
     )  # fmt: skip
-    policy, compiled = section.activation_checkpointing, section.compile
+    policy, compiled, few = section.activation_checkpointing, section.compile, few_shapes(config)
     if section.kind == "fsdp":
         from .fsdp import FsdpEngine, sharder
 
-        parallelise(method, policy, compiled, sharder(world, section.replicas, section.offload))
+        parallelise(method, policy, compiled, sharder(world, section.replicas, section.offload), few)
         return FsdpEngine(method, lambda divided: build_optimizer(config, divided), *after)
     method.to(world.device)
-    parallelise(method, policy, compiled)
+    parallelise(method, policy, compiled, few_shapes=few)
     if section.kind == "deepspeed":
         from .ds_settings import offloads_optimizer
         from .zero import ZeroEngine
@@ -76,6 +76,11 @@ def build_engine(config: Config, method: Method, world: World, micro_batch: int,
         )
         return ZeroEngine(method, optimizer, settings, *after)
     return DdpEngine(method, build_optimizer(config, method), *after)
+
+
+def few_shapes(config: Config) -> bool:
+    """Whether a run's blocks see few shapes: published block masks have any length, and pictures of tasks any size."""
+    return config.method.kind not in TASKS and (config.method.kind != "jepa" or config.mask.setting == "recommended")
 
 
 def _cpu_adam(config: Config, method: Method, world: World) -> Optimizer:

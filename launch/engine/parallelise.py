@@ -16,12 +16,18 @@ _GRAPHS = 64
 
 
 def parallelise(
-    method: Method, policy: str | int, compiled: bool, shard: Callable[[nn.Module], object] | None = None
+    method: Method,
+    policy: str | int,
+    compiled: bool,
+    shard: Callable[[nn.Module], object] | None = None,
+    few_shapes: bool = False,
 ) -> None:
     """Checkpoint the activations of a method by `policy`, compile its blocks if `compiled`, and shard it, in place.
 
-    `shard` is called with every block, trained or frozen, and last with the method: a teacher is cut where its student
-    is, or their shards would not line up for the moving average. Compiling sets options of torch for the process.
+    With `few_shapes`, as recommended masks give them, each shape gets a graph of its own; otherwise a stack has one for
+    the first shape and one for all others. `shard` is called with every block, trained or frozen, and last with the
+    method: a teacher is cut where its student is, or their shards would not line up for the moving average. Compiling
+    sets options of torch for the process.
     """
     # First, so that the compiler sees what is computed again and the sharding's hooks stay outside of it: they gather
     # a block's weights once for its whole backward.
@@ -36,7 +42,7 @@ def parallelise(
         # Before sharding, because what sharding does around a block is not to be compiled; block by block, because
         # blocks of one kind share a graph.
         for block in blocks:
-            block.compile()
+            block.compile(dynamic=False if few_shapes else None)
     if shard is not None:
         for module in (*blocks, method):
             shard(module)

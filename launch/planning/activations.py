@@ -165,8 +165,8 @@ def _activations(config: Config, policy: str | int, dtype: torch.dtype, cuda: bo
     if any(isinstance(block, WindowBlock) for stack in method.stacks().values() for block in stack):
         shorten = False  # its blocks are not alike
     every = policy if isinstance(policy, int) else 1
-    # Two whole periods of a policy that leaves blocks out, and the rest of the true depth.
-    least = max(2 * every, config.method.teacher.layers + 1)
+    # Two whole periods of a policy that leaves blocks out, a last block of its own kind, the rest of the true depth.
+    least = max(2 * every + 1, config.method.teacher.layers + 1)
     short = {name: min(depth, least + (depth - least) % every) for name, depth in depths.items()}
     traces = [_trace(config, policy, dtype, cuda, images, short if shorten else depths) for images in _IMAGES]
     first, second = (_whole(trace, depths, short if shorten else depths, every) for trace in traces)
@@ -189,9 +189,9 @@ def _whole(trace: _Trace, depths: dict[str, int], short: dict[str, int], every: 
     for name in stacks:
         marks = trace.after[name]
         trained = bool(left[name] and trace.before[name])  # a teacher keeps nothing
-        forward[name] = marks[-1] - marks[-1 - every] if trained else 0
+        forward[name] = marks[-2] - marks[-2 - every] if trained else 0
         marks = trace.before[name]  # of the last block first
-        backward[name] = marks[0] - marks[every] if trained else 0
+        backward[name] = marks[1] - marks[1 + every] if trained else 0
     out: dict[tuple, float] = {("kept",): trace.kept + sum(left[n] * backward[n] for n in stacks)}
     for part, peak in trace.peaks.items():
         phase, stack, number = part
@@ -199,7 +199,7 @@ def _whole(trace: _Trace, depths: dict[str, int], short: dict[str, int], every: 
         slopes, more = (forward, 0.0) if phase == "forward" else (backward, 0.0)
         for i, name in enumerate(stacks):
             # Blocks of an earlier stack are all held; of its own, where the part is of the last blocks.
-            if i < at or (i == at and stack and number >= short[name] - every):
+            if i < at or (i == at and stack and number >= short[name] - every - 1):
                 more += left[name] * slopes[name]
         out[part] = peak + more
     return out
@@ -338,6 +338,7 @@ def _as_on_cuda(method: nn.Module) -> Iterator[None]:
             torch.Tensor, "softmax", lambda x, *args, **options: softmax(_in_float32(x), *args, **options)
         ),
         mock.patch.object(relative_reference, "_chunk_numbers", lambda _: relative_reference._GPU_CHUNK),
+        mock.patch.object(relative_reference, "_fused", lambda *_: True),
     ):
         yield
 
