@@ -222,7 +222,7 @@ def _adpe(overrides: list[str], world: Any, batch: int) -> dict[str, Callable[[]
 def print_released_table(result: dict[str, Any]) -> None:
     """Print what `bench_released` returned, a line for each case and form."""
     print(f"{result['hardware']}, torch {result['torch']}, Python {result['python']}, {result['date']}, "
-          f"load {result['load']}, batch {result['batch']} {' '.join(result['overrides'])}")  # fmt: skip
+          f"load {result['load']:.1f}, batch {result['batch']} {' '.join(result['overrides'])}")  # fmt: skip
     print(f"{'case':5} {'form':23} {'s/step':>7} {'CPU s':>7} {'ratio':>6} {'least–most':>11} {'CPU ratio':>9}")
     for row in result["rows"]:
         spread = f"{row['ratio_least']:.2f}–{row['ratio_most']:.2f}"
