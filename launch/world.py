@@ -16,7 +16,7 @@ from torch._C._distributed_c10d import HashStore
 from ..data.images import DataError
 from .errors import UserError
 from .nodes.guard import Guard, Judge
-from .nodes.meet import meet
+from .nodes.meet import allow_open_files, meet
 from .nodes.place import Place, find_place
 
 T = TypeVar("T")
@@ -120,6 +120,7 @@ def join(device: str = "auto", group: bool = False, wait: float = 1800.0, silenc
     where the others cannot be reached, or this process has no device.
     """
     place = find_place()
+    allow_open_files(place.size)
     store, guard = None, Guard(place)
     if place.size > 1:
         # What each collective waits for is known to the flight recorder of torch, if that has room.

@@ -1,5 +1,8 @@
 """Which process this is, by each launcher's environment."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -73,3 +76,11 @@ def test_a_task_of_srun_may_see_its_own_gpu_alone(gpus, monkeypatch):
     gpus(1)
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
     assert pick_device("auto", 5, 8) == torch.device("cuda", 0)
+
+
+@pytest.mark.slow
+def test_too_few_open_files_are_refused_instead_of_a_run_that_waits_for_ever(tmp_path):
+    command = f"ulimit -n 40; exec {sys.executable} -m elsewhere.launch pretrain demo run.dir={tmp_path / 'run'}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "A process may open only 40 files at once here, and a run needs 64 or more" in done.stderr

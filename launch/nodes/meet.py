@@ -17,6 +17,7 @@ from .place import Place
 from .roll_call import Hub, Member, Seen
 
 _KEY = "roll call"
+FEWEST_FILES = 64  # with 24 a run waited for its loader for ever, with 40 it trained
 
 
 def meet(
@@ -30,7 +31,6 @@ def meet(
     store = _open_store(place, patience)
     hub = None
     if place.rank == 0:
-        _allow_connections(place.size)
         token = secrets.token_hex(8)
         hub = Hub(judge, token)
         store.set(_KEY, f"{hub.port} {token}")
@@ -79,11 +79,18 @@ def _check_name(master: str) -> None:
         ) from error
 
 
-def _allow_connections(count: int) -> None:
-    """Let this process hold a connection to each of `count` others, where the usual limit of 1024 files forbids it."""
+def allow_open_files(ranks: int) -> None:
+    """Let this process open the files that a run of `ranks` needs: batches, shards, a connection to each other rank.
+
+    Raises UserError where the system forbids even what one process needs, which would wait for its loader for ever.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = count + 4096
+    wanted = ranks + 4096
     if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(
-            resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard)
-        )
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        if soft < FEWEST_FILES:
+            raise UserError(
+                f"A process may open only {soft} files at once here, and a run needs {FEWEST_FILES} or more: raise the "
+                "hard limit (`ulimit -n 4096` as root, or `docker run --ulimit nofile=65536`)."
+            )
