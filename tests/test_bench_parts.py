@@ -21,6 +21,7 @@ from elsewhere.launch.bench_ranges import PartTimes
 from elsewhere.launch.bench_training import Training, case_config
 from elsewhere.launch.build import build_adversary, build_method
 from elsewhere.launch.world import World
+from elsewhere.models.jepa import predictor_flops
 from elsewhere.models.vit import encoder_flops
 
 CPU = torch.device("cpu")
@@ -148,13 +149,18 @@ def test_what_is_computed_again_is_counted(training):
     plain, again = none.flops(), full.flops()
     assert plain["flops_counted"] == pytest.approx(plain["flops_by_formula"], rel=0.02)
     assert plain["flops_by_formula"] == again["flops_by_formula"]
-    batch, method, forward = next(full._batches), full.engine.method, 0.0
-    tokens, blocks = batch.context.shape[2], batch.targets.shape[0]
-    sequences = [(method.encoder, 1, tokens), (method.predictor, blocks, tokens + batch.targets.shape[2])]
-    for part, count, length in sequences:
-        # torch stops before a block's last product, of which the backward needs nothing.
-        last = 2 * length * part.size.width**2 * part.size.mlp_ratio
-        forward += count * (encoder_flops(part.size, length) - part.size.depth * last)
+    batch, method = next(full._batches), full.engine.method
+    context, target, blocks = batch.context.shape[2], batch.targets.shape[2], batch.targets.shape[0]
+
+    def spared(size, *lengths):
+        """torch stops before a block's last product, of which the backward needs nothing."""
+        return sum(2 * length * size.width**2 * size.mlp_ratio for length in lengths)
+
+    student, predictor = method.encoder.size, method.predictor.size
+    forward = encoder_flops(student, context) - spared(student, *[context] * student.depth)
+    before = [context + target] * (predictor.depth - 1)  # its last block goes on with the targets alone
+    again_predicted = predictor_flops(predictor, context, target) - spared(predictor, *before, target)
+    forward += blocks * again_predicted
     assert again["flops_counted"] - plain["flops_counted"] == pytest.approx(forward, rel=1e-6)
 
 
