@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import platform
 import re
+import signal
 import statistics
 import tempfile
 import warnings
@@ -160,7 +161,12 @@ class _Case:
         try:
             answer = self._pipe.recv()
         except (EOFError, ConnectionError):
-            answer = "A measured process ended early, likely for want of memory; lower --batch."
+            self._process.join(10)
+            code = self._process.exitcode or 0
+            how = f"signal {-code}" if code < 0 else f"status {code}"
+            killed = code == -signal.SIGKILL
+            why = ", likely for want of memory; lower --batch." if killed else "; what it printed says why."
+            answer = f"The measured process ended early with {how}{why}"
         if isinstance(answer, str):
             self.failure = answer
             return None

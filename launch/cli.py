@@ -17,7 +17,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import argparse  # noqa: E402
 import difflib  # noqa: E402
-import json  # noqa: E402
 import re  # noqa: E402
 from collections.abc import Callable, Sequence  # noqa: E402
 from importlib.metadata import version  # noqa: E402
@@ -38,6 +37,7 @@ from .evaluate.suite import add_evaluate_command, run_evaluate  # noqa: E402
 from .exchange.export import add_export_command, run_export  # noqa: E402
 from .exchange.zoo_command import add_zoo_command, run_zoo  # noqa: E402
 from .inspect_path import add_inspect_command, run_inspect  # noqa: E402
+from .json_file import check_json, write_json  # noqa: E402
 from .nodes.check_hosts import add_hosts_command, run_hosts  # noqa: E402
 from .nodes.submit import add_submit_command, run_submit  # noqa: E402
 from .planning.command import add_plan_command, run_plan  # noqa: E402
@@ -191,7 +191,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The arguments of a command, where settings may also follow flags, which argparse alone would not have."""
     parser = _parser()
     parsed, rest = parser.parse_known_args(arguments)
-    late = getattr(parsed, "recipes", getattr(parsed, "overrides", None))
+    late = next((vars(parsed)[name] for name in ("recipes", "overrides", "cases") if name in parsed), None)
     if late is None or any(item.startswith("-") or "=" not in item for item in rest):
         return parser.parse_args(arguments)  # which says what is wrong
     late.extend(rest)
@@ -258,8 +258,7 @@ def _configs(_: argparse.Namespace) -> int:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    if arguments.json and not os.access(arguments.json.parent, os.W_OK):  # before minutes of measuring
-        raise UserError(f"--json {arguments.json}: its folder is not there or not writable; choose another.")
+    check_json(arguments.json)  # before minutes of measuring
     if arguments.part == "masks":
         from .bench import bench_masks, print_masks_table
 
@@ -313,8 +312,7 @@ def _bench(arguments: argparse.Namespace) -> int:
         result = run_bench_all(arguments)
     else:
         result = run_bench_step(arguments)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1), encoding="utf-8")
+    write_json(arguments.json, result)
     return 0
 
 

@@ -175,7 +175,7 @@ class Monitor:
         if len(bad):
             rank, at = bad[torch.argmin(bad[:, 1])].tolist()
             raise NonFiniteLoss(
-                f"The loss of rank {rank} at step {steps[at]} is not finite; the last checkpoint is from before it. "
+                f"The loss of rank {rank} at step {steps[at]} is not finite; a checkpoint, if any, is from before it. "
                 "Lower optim.lr, use engine.precision=float32 or bfloat16, or look at the images of that step."
             )
 

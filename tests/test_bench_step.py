@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import multiprocessing
+import time
 
 import pytest
 
@@ -64,13 +65,21 @@ def test_a_wrong_command_ends_with_its_usage(arguments, capsys):
 
 
 @pytest.mark.parametrize("asked", [False, True], ids=["while it is built", "while it waits"])
-def test_a_measured_process_that_ends_early_is_said(asked):
+@pytest.mark.parametrize(
+    ("kill", "said"),
+    [(True, "signal 9, likely for want of memory; lower --batch."), (False, "status 0; what it printed says why.")],
+)
+def test_a_measured_process_that_ends_early_is_said(asked, kill, said):
     case = object.__new__(_Case)
     case.failure = None
     case._pipe, theirs = multiprocessing.Pipe()
     theirs.close()
+    case._process = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60 * kill,))
+    case._process.start()
+    if kill:
+        case._process.kill()
     assert (case.ask("turn", 1) if asked else case.answer()) is None
-    assert case.failure == "A measured process ended early, likely for want of memory; lower --batch."
+    assert case.failure == f"The measured process ended early with {said}"
 
 
 def test_short_names_are_settings():

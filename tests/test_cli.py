@@ -373,3 +373,16 @@ def test_memory_of_a_gpu_that_runs_out_is_told_by_what_was_asked_for():
     text = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1 is free."
     found = str(out_of_memory(torch.OutOfMemoryError(text), 64))
     assert found.startswith("Memory ran out (Tried to allocate 2.00 GiB): lower loader.micro_batch (now 64;")
+
+
+@pytest.mark.parametrize(
+    "command", [["doctor"], ["bench", "masks"], ["plan", "demo", "--gpus", "1", "--gpu", "h100-80g"]], ids=str
+)
+def test_json_writes_over_nothing_and_says_so_before_any_work(command, tmp_path, capsys):
+    there = tmp_path / "there.json"
+    there.write_text("kept")
+    for path, why in ((there, "there already"), (tmp_path, "there already"), (tmp_path / "no" / "x", "not writable")):
+        assert main([*command, "--json", str(path)]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.startswith(f"elsewhere: --json {path}") and why in err
+    assert there.read_text() == "kept"

@@ -241,3 +241,13 @@ def test_momentum_is_written_with_digits_enough():
     exact = 0.996 ** (8 / 2048)
     assert 1 - tuned.config.method.teacher.momentum == pytest.approx(1 - exact, rel=0.005)
     assert math.isclose(exact, 0.9999843438, abs_tol=1e-9)
+
+
+def test_a_tuned_recipe_is_not_tuned_again_and_one_of_ones_own_is_understood_by_its_base(tmp_path, capsys):
+    tuned, own = tmp_path / "tuned.yaml", tmp_path / "own.yaml"
+    tuned.write_text("# elsewhere tune cifar10_stop --images 3000 --gpus 1\nbase: cifar10_stop\n")
+    assert main(["tune", str(tuned), "--images", "3000", "--gpus", "4"]) == 2
+    assert "was written by `elsewhere tune`: tune cifar10_stop again instead." in capsys.readouterr().err
+    own.write_text("base: cifar10_stop")
+    found = tune(str(own), gpus=1, images=50_000)
+    assert found.config.optim.epochs == load_config("cifar10_stop").optim.epochs

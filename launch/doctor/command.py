@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import platform
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
@@ -13,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..json_file import check_json, write_json
 from . import building, devices, machine, packages
 from .findings import Finding, guarded
 
@@ -35,8 +34,7 @@ def add_doctor_command(commands: Any) -> None:
 
 def run_doctor(arguments: argparse.Namespace) -> int:
     """Run `elsewhere doctor`; the exit status, 2 where `elsewhere pretrain demo` lacks something."""
-    if arguments.json and not os.access(arguments.json.parent, os.W_OK):
-        raise UserError(f"--json {arguments.json}: its folder is not there or not writable; choose another.")
+    check_json(arguments.json)
     if arguments.disk is not None and not arguments.disk.is_dir():
         raise UserError(f"--disk {arguments.disk} is no folder on this machine; give one that is there.")
     print(f"elsewhere {version('elsewhere')} on {platform.platform()}")
@@ -52,7 +50,7 @@ def run_doctor(arguments: argparse.Namespace) -> int:
     if arguments.json:
         rooms = {room: [asdict(one) for one in findings] for room, findings in found.items()}
         summary = {"ok": not missing, "missing": missing, **rooms}
-        arguments.json.write_text(json.dumps(summary, indent=1), encoding="utf-8")
+        write_json(arguments.json, summary)
     return 2 if missing else 0
 
 

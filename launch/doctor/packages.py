@@ -25,6 +25,7 @@ OPTIONAL = {
     "ffcv": ("reads and writes .beton files", "see docs/install.md, FFCV"),
     "pycocotools": ("elsewhere detect", "python3 -m pip install 'elsewhere[detect]'"),
     "tifffile": ("TIFFs of many channels", "python3 -m pip install 'elsewhere[tiff]'"),
+    "matplotlib": ("elsewhere report --png", "python3 -m pip install 'elsewhere[report]'"),
     "wandb": ("monitor.wandb", "python3 -m pip install 'elsewhere[wandb]'"),
 }
 _NVIDIA_APEX = "https://github.com/NVIDIA/apex, built with the CUDA compiler: docs/install.md"

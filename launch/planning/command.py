@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import json
-import os
 from pathlib import Path
 from typing import Any
 
 from ..config import refuse_task
 from ..errors import UserError
+from ..json_file import check_json, write_json
 
 
 def add_plan_command(commands: Any) -> None:
@@ -46,8 +45,7 @@ def run_plan(arguments: argparse.Namespace) -> int:
         value = getattr(arguments, name)
         if value is not None and not value > 0:
             raise UserError(f"--{name.replace('_', '-')} {value:g} must be more than 0.")
-    if arguments.json and not os.access(arguments.json.parent, os.W_OK):
-        raise UserError(f"--json {arguments.json}: its folder is not there or not writable; choose another.")
+    check_json(arguments.json)
     from .hardware import gpu, link
 
     gpu(arguments.gpu)
@@ -73,8 +71,7 @@ def run_plan(arguments: argparse.Namespace) -> int:
 
         result["check"] = check(config, place)
         print_check(result["check"])
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1), encoding="utf-8")
+    write_json(arguments.json, result)
     return 0
 
 
@@ -104,7 +101,7 @@ def print_plan(result: dict[str, Any]) -> None:
         nodes += f" (the last one of {r['gpus'] % r['gpus_per_node']})"
     between = f", {r['links'][1]} between them" if r["nodes"] > 1 else ""
     print(f"{r['recipe']} on {r['gpus']} × {r['gpu']}: {nodes}, {r['links'][0]} within{between}")
-    frozen = f" and {r['frozen'] / 1e6:,.1f} M of the teacher" if r["frozen"] else ""
+    frozen = f" and {r['frozen'] / 1e6:,.1f} M of the teacher" if r["frozen"] and not r["task"] else ""
     views = f" of {r['views']} crops" if r["views"] > 1 else ""
     print(
         f"{r['engine']}, {r['precision']}, engine.activation_checkpointing={r['activation_checkpointing']}; "
@@ -159,7 +156,7 @@ def print_plan(result: dict[str, Any]) -> None:
         f"{r['unhidden']:.4f} if none is hidden): {r['images_per_s']:,.0f} images/s"
     )
     print(
-        f"{r['epochs']:.4g} epochs of {r['images']:,} images, {r['steps']:,} steps: {r['days']:.2f} days, "
+        f"{round(r['epochs'], 1):,} epochs of {r['images']:,} images, {r['steps']:,} steps: {r['days']:.2f} days, "
         f"{r['gpu_hours']:,.0f} GPU hours"
     )
     if r["unseen"]:

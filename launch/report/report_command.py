@@ -55,6 +55,8 @@ def run_report(arguments: argparse.Namespace) -> int:
     for path in filter(None, (arguments.output, arguments.png)):
         _writable(path, arguments.force)
     if arguments.png:
+        if arguments.png.resolve() == arguments.output.resolve():
+            raise UserError(f"-o and --png both name {arguments.png}: give the page and the figure a file each.")
         load_matplotlib()
     folders = find_runs(arguments.runs)
     names = arguments.names.split(",") if arguments.names else short_names(folders)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UserError
+from ..json_file import check_json, write_json
 
 if TYPE_CHECKING:
     from .tune import Tuned
@@ -41,8 +39,7 @@ def add_tune_command(commands: Any) -> None:
 
 def run_tune(arguments: argparse.Namespace) -> int:
     """Run `elsewhere tune`; the exit status. Raises UserError for something to mend."""
-    if arguments.json and not os.access(arguments.json.parent, os.W_OK):
-        raise UserError(f"--json {arguments.json}: its folder is not there or not writable; choose another.")
+    check_json(arguments.json)
     from ..config import load_config
     from ..planning.hardware import gpu
 
@@ -64,11 +61,8 @@ def run_tune(arguments: argparse.Namespace) -> int:
         print(f"\nWritten to {arguments.output}: elsewhere plan, show and pretrain {arguments.output}.")
     else:
         print("\n-o FILE.yaml writes it as a recipe.")
-    if arguments.json:
-        found = {"choices": [asdict(one) for one in tuned.choices], "plan": tuned.plan, "cautions": tuned.cautions}
-        arguments.json.write_text(
-            json.dumps({"images": tuned.images, "size": tuned.size, **found}, indent=1), encoding="utf-8"
-        )
+    found = {"choices": [asdict(one) for one in tuned.choices], "plan": tuned.plan, "cautions": tuned.cautions}
+    write_json(arguments.json, {"images": tuned.images, "size": tuned.size, **found})
     return 0
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from ...data.order import epoch_length
 from ..config import Config, load_config, recipe_names, refuse_task
@@ -18,6 +21,7 @@ from .choices import Choice, Tuning, named
 from .images import of_data, of_encoder, of_size
 
 LENGTHS = ("between", "samples", "epochs")
+WRITTEN_BY = "# elsewhere tune "  # how a tuned recipe's file begins
 
 
 @dataclass
@@ -76,6 +80,7 @@ def tune(
 def _open(recipe: str, overrides: Sequence[str], data: str | None) -> Tuning:
     base = load_config(recipe)
     refuse_task(base, "`elsewhere tune`")
+    _refuse_tuned(recipe)
     if recipe.startswith("published/"):
         name = recipe.partition("/")[2]
         near = name if name in recipe_names() else next(iter(difflib.get_close_matches(name, recipe_names(), 1)), name)
@@ -94,7 +99,26 @@ def _published_images(recipe: str, base: Config) -> int:
     """Images of the epochs that a recipe counts."""
     if base.data.path == "digits":
         return len(open_sources(base, None, None)[0])
-    return CIFAR10 if recipe.startswith("cifar10") else IMAGENET
+    return CIFAR10 if _packaged(recipe).startswith("cifar10") else IMAGENET
+
+
+def _packaged(recipe: str) -> str:
+    """The packaged recipe at the end of a recipe's bases, by which its epochs are understood."""
+    path = Path(recipe)
+    if recipe in recipe_names() or not path.is_file():
+        return recipe
+    base = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("base")
+    base = base[-1] if isinstance(base, list) and base else base
+    if not isinstance(base, str):
+        return recipe
+    return _packaged(base if base in recipe_names() else str(path.parent / base))
+
+
+def _refuse_tuned(recipe: str) -> None:
+    """A tuned recipe counts epochs of the images that it was fitted to, which a second round would not know."""
+    path = Path(recipe)
+    if path.is_file() and path.read_text(encoding="utf-8").startswith(WRITTEN_BY):
+        raise UserError(f"{recipe} was written by `elsewhere tune`: tune {_packaged(recipe)} again instead.")
 
 
 def _of_length(found: Tuning, images: int, published: int, length: str) -> None:
