@@ -12,7 +12,7 @@ import torch
 import yaml
 from PIL import Image
 
-from elsewhere.launch.cli import _parser, main
+from elsewhere.launch.cli import _parse, _parser, main
 from elsewhere.launch.config import Config, load_config, recipe_names
 from elsewhere.launch.errors import out_of_memory
 from elsewhere.models.jepa import Jepa
@@ -386,3 +386,14 @@ def test_json_writes_over_nothing_and_says_so_before_any_work(command, tmp_path,
         out, err = capsys.readouterr()
         assert out == "" and err.startswith(f"elsewhere: --json {path}") and why in err
     assert there.read_text() == "kept"
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [(["pretrain", "demo", "--fresh", "seed=1"], "overrides"),
+     (["bench", "step", "demo", "--steps", "1", "seed=1"], "recipes"),
+     (["bench", "released", "adpe", "--rounds", "1", "seed=1"], "cases")],
+    ids=str,
+)  # fmt: skip
+def test_settings_may_follow_flags(words, name):
+    assert vars(_parse(words))[name][-1] == "seed=1"
