@@ -395,5 +395,5 @@ def test_json_writes_over_nothing_and_says_so_before_any_work(command, tmp_path,
      (["bench", "released", "adpe", "--rounds", "1", "seed=1"], "cases")],
     ids=str,
 )  # fmt: skip
-def test_settings_may_follow_flags(words, name):
+def test_settings_are_heard_behind_flags_by_every_name_they_have(words, name):
     assert vars(_parse(words))[name][-1] == "seed=1"
