@@ -55,7 +55,7 @@ COMMON = {
     "optim.epochs": 1, "optim.warmup_epochs": 0, "optim.clip_grad": 0.5, "probe.before": False, "probe.after": False,
     "monitor.log_every": 1, "monitor.tensorboard": False, "monitor.pictures_every": 0, "checkpoint.every_minutes": 0,
     "checkpoint.every_steps": 10, "checkpoint.keep": 9, "engine.device": "cpu",
-    # On a CPU DeepSpeed waits for the other rank without letting go of Python, so that a busy machine silences a rank.
+    # A rank was silent for more than the usual 22 s where DeepSpeed compiled its extension on a busy machine.
     "engine.silence_seconds": 240,
 }  # fmt: skip
 
