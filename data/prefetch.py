@@ -15,8 +15,8 @@ class OnDevice:
     """The batches of `loader` on `device`, with the looks that `augment` left for it (flip, jitter, grey, blur).
 
     On a GPU both happen on a stream of their own: while the GPU computes one batch, the next is copied from pinned
-    memory and finished. `after(batch, host)` is what else is to be done to a batch
-    there; `host` is the same on the host, whose numbers can be read without waiting. Raises what `loader` raises.
+    memory and finished. `after(batch, host)` is what else is to be done to a batch there;
+    `host` is the same on the host, whose numbers can be read without waiting. Raises what `loader` raises.
     """
 
     def __init__(

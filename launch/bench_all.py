@@ -25,13 +25,14 @@ from ..data.images import DataError
 from ..data.streams import generator
 from ..kernels.dispatch import said
 from .bench import bench_masks, print_masks_table
-from .bench_data import bench_data, print_data_table, processor
+from .bench_data import bench_data, print_data_table
 from .bench_engines import bench_engines, print_engines_tables
 from .bench_kernels import bench_kernels
-from .bench_scaling import cores
 from .bench_step import bench_step, variants
 from .bench_step_table import print_step_table
 from .errors import UserError
+from .host import cores, processor
+from .new_file import check_new
 
 SECTIONS = ("masks", "kernels", "data", "step", "engines")
 _FOLDER = Path("docs") / "benchmarks"
@@ -69,10 +70,7 @@ def new_page(output: Path | None, force: bool) -> Path:
     """
     folder = output or (_FOLDER if _FOLDER.is_dir() else Path())
     path = folder / f"{slug(machine())}_{date.today().isoformat()}.md" if folder.is_dir() else folder
-    if not path.absolute().parent.is_dir() or not os.access(path.absolute().parent, os.W_OK):
-        raise UserError(f"-o {path}: its folder is not there or not writable; choose another.")
-    if path.exists() and not force:
-        raise UserError(f"{path} is there already; --force writes over it, -o FILE writes another.")
+    check_new(path, "-o", force)
     return path
 
 
@@ -116,16 +114,18 @@ def bench_all(
     if not results:
         raise UserError("Nothing could be measured; the reasons are printed above.")
     loads = [before[0], os.getloadavg()[0]]
-    path.write_text("\n".join([*_head(quick, images, loads), *parts]), encoding="utf-8")
+    path.write_text("\n".join([*_head(quick, images, only, loads), *parts]), encoding="utf-8")
     return {"machine": machine(), "date": date.today().isoformat(), "load": loads, "page": str(path), **results}
 
 
-def _head(quick: bool, images: str | None, loads: list[float]) -> list[str]:
+def _head(quick: bool, images: str | None, only: Sequence[str] | None, loads: list[float]) -> list[str]:
+    command = "elsewhere bench all" + " --quick" * quick + (f" --only {','.join(only)}" if only else "")
+    command += " --data FOLDER" * (images is not None)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     lines = [
         f"# {machine()}, {date.today().isoformat()}", "",
-        f"`elsewhere bench all{' --quick' if quick else ''}`; `docs/benchmarks/steps.md` explains whole steps.", "",
+        f"`{command}`; `docs/benchmarks/steps.md` explains whole steps.", "",
         "| | |", "|---|---|", f"| GPU | {gpu} |", f"| processor | {processor()}, {cores()} cores, {memory:.0f} GB |",
         f"| load average | {loads[0]:.1f} before, {loads[1]:.1f} after |",
         f"| images of the readers | {'made up' if images is None else 'a folder of photos'} |",

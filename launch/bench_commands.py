@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
-from .run_command import positive
+from .run_command import listed, positive
 
 
 def add_bench_step(parts: Any) -> None:
@@ -72,16 +72,12 @@ def add_bench_all(parts: Any) -> None:
     every = parts.add_parser("all", help=text, description=text)
     every.add_argument("--quick", action="store_true", help="a few minutes, for whether everything runs")
     every.add_argument("--data", metavar="FOLDER", help="a folder of classes for the readers (pictures are made up)")
-    every.add_argument("--only", type=_listed, metavar="A,B", help="some of masks, kernels, data, step, engines")
+    every.add_argument("--only", type=listed, metavar="A,B", help="some of masks, kernels, data, step, engines")
     every.add_argument(
         "-o", "--output", type=Path, metavar="PATH",
         help="the page, or its folder (MACHINE_DATE.md in docs/benchmarks where that is here, else in this folder)",
     )  # fmt: skip
     every.add_argument("--force", action="store_true", help="write over a page that is there")
-
-
-def _listed(text: str) -> list[str]:
-    return [item for item in text.split(",") if item]
 
 
 def run_bench_all(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -10,7 +10,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,18 +26,10 @@ from ..data.shard_writer import WriteOptions, write_shards
 from ..data.shards import Shards
 from ..data.streams import generator
 from ..data.webdataset import Stream
+from .host import processor
 
 _BATCH = 16
 _BASELINE = "ImageFolder + Pillow"
-
-
-def processor() -> str:
-    """The processor's name, for a table."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def _pillow(folder: str, size: int, views: int) -> Callable[[], None]:

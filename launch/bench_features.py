@@ -17,11 +17,11 @@ import torch
 from ..data.sources import open_source
 from ..data.streams import generator
 from ..data.views import CentreView, Views
-from .bench_data import processor
 from .evaluate.features import Reading, extract, pooled_layers
 from .evaluate.nearest import NEIGHBOURS, Nearest
 from .evaluate.precision import choose_compute
 from .evaluate.session import Options, joined, loader_workers
+from .host import processor
 
 
 def _facts() -> dict[str, Any]:

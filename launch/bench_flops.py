@@ -8,25 +8,9 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..data.batch import Batch
 from ..kernels import relative_attention  # noqa: F401  registers its operators
-from ..models.jepa import Jepa
-from ..models.mae import Mae
-from ..models.method import Method
 
 AGREE = 0.02  # share by which formula and count may differ without a word
-
-
-def flops_by_formula(method: Method, batch: Batch) -> float:
-    """Operations of a training step for one image of `batch` by the method's formula, nothing computed twice."""
-    if isinstance(method, Jepa):
-        assert batch.context is not None and batch.targets is not None
-        (contexts, _, context), (blocks, _, target) = batch.context.shape, batch.targets.shape
-        return method.flops_per_image(contexts, context, blocks, target)
-    if isinstance(method, Mae):
-        assert batch.visible is not None
-        return method.flops_per_image(*batch.visible.shape[1:])
-    return method.flops_per_image()  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
 
 
 def flops_counted(step: Callable[[], Any]) -> float:

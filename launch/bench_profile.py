@@ -12,6 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from .bench_ranges import PARTS, ProfiledRanges
 from .bench_training import Training
 from .errors import UserError
+from .new_file import check_new
 
 STEPS = 3
 _TOP = 12
@@ -22,10 +23,7 @@ def new_trace(path: Path) -> Path:
     """A trace that may be written; UserError for what is there already, or a name that Perfetto does not know."""
     if not path.name.endswith((".json", ".json.gz")):
         raise UserError(f"--profile {path}: call it FILE.json.gz or FILE.json, as viewers of traces expect.")
-    if path.exists():
-        raise UserError(f"--profile {path} is there already and is not overwritten; move it or choose another.")
-    if not path.absolute().parent.is_dir():
-        raise UserError(f"--profile {path}: its folder is not there; make it or choose another.")
+    check_new(path, "--profile")
     return path
 
 

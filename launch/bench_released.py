@@ -67,7 +67,7 @@ def bench_released(
         raise UserError(f"{unknown[0]} has no released formulation to compare with; choose among {', '.join(RECIPES)}.")
     world = join("auto", group=False)
     rows = []
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    load = os.getloadavg()[0]
     for name in names:
         rows += _compare(name, list(overrides), world, batch, steps, rounds)
     return {

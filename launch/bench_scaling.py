@@ -14,6 +14,7 @@ from typing import Any
 
 from .config import load_config, refuse_task
 from .errors import UserError
+from .host import cores
 
 
 def bench_scaling(
@@ -76,11 +77,6 @@ def bench_scaling(
         "recipe": recipe, "overrides": overrides, "engine": engine, "batch": most["batch"], "steps": steps,
         "rounds": rounds, "rows": rows,
     }  # fmt: skip
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _Group:

@@ -78,9 +78,9 @@ def bench_step(
         )
     if trace is not None and len(cases) > 1:
         raise UserError(f"--profile traces one case and these are {len(cases)}: name one recipe, without --vary.")
-    from .bench_training import case_config
+    from .evaluate.task_config import any_config
 
-    configs = [case_config(*case) for case in cases]  # before the first is built: that takes seconds
+    configs = [any_config(*case) for case in cases]  # before the first is built: that takes seconds
     if real and any(not config.data.path for config in configs):
         raise UserError("--data without a path takes the recipe's own, which has none: write --data FOLDER.")
     load, rows = os.getloadavg(), [{"recipe": recipe, "overrides": overrides} for recipe, overrides in cases]
@@ -107,7 +107,7 @@ def bench_step(
         raise UserError(rows[0]["failure"])
     import torch
 
-    from .bench_data import processor
+    from .host import processor
 
     measured = next(row for row in rows if not row["failure"])
     facts = {name: measured[name] for name in ("hardware", "threads")}

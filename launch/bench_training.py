@@ -21,14 +21,16 @@ from ..data.prefetch import OnDevice
 from ..models.method import Method
 from .bench_batches import fixed_batches
 from .bench_clock import Clock, resident
-from .bench_flops import flops_by_formula, flops_counted
+from .bench_flops import flops_counted
 from .bench_loops import constant_schedules, fresh_method
 from .bench_ranges import PARTS, PartTimes, Ranges, told
 from .build import choose_kernels
-from .config import TASKS, Config, load_config
+from .config import Config
 from .engine.choose import build_engine, check_engine
+from .evaluate.task_config import any_config
 from .loop import train
 from .monitor import Monitor, hardware
+from .parts import flops_per_image
 from .run import Task
 from .world import World, join
 
@@ -36,20 +38,6 @@ _RATE = 1e-6  # at which nothing runs away, whatever the recipe's
 _KEPT = 2  # batches in memory, which differ in the lengths of their masks where those vary
 _SETTLE = 10.0  # seconds at most that loader processes get to fill their queues
 _ENDLESS = 1 << 40
-
-
-def case_config(recipe: str, overrides: list[str]) -> Config:
-    """The configuration of a case: as of any run, for a task around fresh weights unless init.from names some.
-
-    Raises UserError for settings that are not possible.
-    """
-    config = load_config(recipe, overrides)
-    if config.method.kind not in TASKS:
-        return config
-    from .evaluate.task_config import task_config
-
-    fresh = ["init.from=none"] if config.init.from_ is None else []
-    return task_config(recipe, [*overrides, *fresh], config.method.kind, "bench step")
 
 
 def task_of(config: Config) -> Task:
@@ -80,7 +68,7 @@ class Training:
     """
 
     def __init__(self, recipe: str, overrides: list[str], batch: int | None, real: bool, folder: Path):
-        config = case_config(recipe, overrides)
+        config = any_config(recipe, overrides)
         self.world = world = join(config.engine.device, group=config.engine.kind != "ddp")
         self.gpu = world.device.type == "cuda"
         self.batch = batch = batch or config.loader.micro_batch or (128 if self.gpu else 8)
@@ -158,7 +146,7 @@ class Training:
 
     def _run(self, steps: int, batches: Iterator[Batch]) -> None:
         def after(_: int, batch: Batch, __: int) -> bool:
-            self._formulas.append(flops_by_formula(self.engine.method, batch))
+            self._formulas.append(flops_per_image(self.engine.method, batch))
             return False
 
         first, self._step = self._step, self._step + steps

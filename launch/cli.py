@@ -37,12 +37,12 @@ from .evaluate.suite import add_evaluate_command, run_evaluate  # noqa: E402
 from .exchange.export import add_export_command, run_export  # noqa: E402
 from .exchange.zoo_command import add_zoo_command, run_zoo  # noqa: E402
 from .inspect_path import add_inspect_command, run_inspect  # noqa: E402
-from .json_file import check_json, write_json  # noqa: E402
+from .new_file import check_new, write_json  # noqa: E402
 from .nodes.check_hosts import add_hosts_command, run_hosts  # noqa: E402
 from .nodes.submit import add_submit_command, run_submit  # noqa: E402
 from .planning.command import add_plan_command, run_plan  # noqa: E402
 from .report.report_command import add_report_command, run_report  # noqa: E402
-from .run_command import add_run_command, positive, run_recipe  # noqa: E402
+from .run_command import add_run_command, listed, positive, run_recipe  # noqa: E402
 from .shards import add_shards_command, run_shards  # noqa: E402
 from .tuning.command import add_tune_command, run_tune  # noqa: E402
 
@@ -116,13 +116,13 @@ def _parser() -> argparse.ArgumentParser:
         "--forms", action="store_true", help="instead: the reference's forms of the relative term, by all lookups"
     )
     kernels.add_argument(
-        "--only", type=_listed, metavar="A,B", help="numbers of tokens of attention, noise, positions (default: all)"
+        "--only", type=listed, metavar="A,B", help="numbers of tokens of attention, noise, positions (default: all)"
     )
     kernels.add_argument(
         "--dtype", choices=("bfloat16", "float16", "float32"), help="of the inputs (bfloat16, on a CPU float32)"
     )
     kernels.add_argument(
-        "--without", type=_listed, metavar="A,B", help="leave variants out, e.g. flex, which compiles for long"
+        "--without", type=listed, metavar="A,B", help="leave variants out, e.g. flex, which compiles for long"
     )
     kernels.add_argument("--seconds", type=_seconds, default=2.0, help="for each shape and setting (2)")
     kernels.add_argument("--save", type=Path, metavar="DIR", help="write kernels_GPU_DATE.md and .json there")
@@ -143,11 +143,11 @@ def _parser() -> argparse.ArgumentParser:
         "overrides", nargs="*", default=[], metavar="key=value", help="settings, e.g. model.size=small"
     )
     engines.add_argument(
-        "--engines", type=_listed, default=["ddp", "fsdp", "zero2", "zero3"], metavar="A,B",
+        "--engines", type=listed, default=["ddp", "fsdp", "zero2", "zero3"], metavar="A,B",
         help="ddp, fsdp, settings of DeepSpeed, or JSON files (default: ddp,fsdp,zero2,zero3)",
     )  # fmt: skip
     engines.add_argument(
-        "--measure", type=_listed, default=["overhead", "saving", "bytes"], metavar="A,B",
+        "--measure", type=listed, default=["overhead", "saving", "bytes"], metavar="A,B",
         help="overhead, saving, bytes (default: all)",
     )  # fmt: skip
     engines.add_argument("--batch", type=positive, help="images per step and rank (as for step)")
@@ -198,12 +198,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parsed
 
 
-def _listed(text: str) -> list[str]:
-    return [item for item in text.split(",") if item]
-
-
 def _numbers(text: str) -> list[int]:
-    return [positive(item) for item in _listed(text)]
+    return [positive(item) for item in listed(text)]
 
 
 def _seconds(text: str) -> float:
@@ -258,7 +254,7 @@ def _configs(_: argparse.Namespace) -> int:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    check_json(arguments.json)  # before minutes of measuring
+    check_new(arguments.json, "--json")  # before minutes of measuring
     if arguments.part == "masks":
         from .bench import bench_masks, print_masks_table
 

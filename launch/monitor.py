@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from .errors import UserError
+from .host import cores
 from .planning.hardware import peaks
 from .sinks import Sink, TensorBoard
 from .world import World
@@ -48,8 +49,7 @@ def hardware(world: World) -> str:
     """The devices of this run in a few words."""
     if world.device.type == "cuda":
         return f"{world.size} × {torch.cuda.get_device_name(world.device)}"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{world.size} × CPU ({platform.machine()}, {cores} cores on this machine)"
+    return f"{world.size} × CPU ({platform.machine()}, {cores()} cores on this machine)"
 
 
 def rank_me(features: Tensor) -> float:

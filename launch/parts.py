@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +30,7 @@ from .build import adversary_schedules, build_augment, build_masks, build_method
 from .config import Config
 from .engine.precision import choose_precision
 from .errors import UserError
+from .host import cores
 from .optim import Schedules
 from .world import World
 
@@ -126,16 +126,16 @@ def _kind(train: Source | Stream, reader: str) -> str:
     return ".beton by FFCV" if reader == "ffcv" else _KINDS.get(type(train), "data set")
 
 
-def flops_per_image(method: Method, masks: Masks | None) -> float:
-    """Floating-point operations of a training step per image, for masks like these; a task has none."""
-    if masks is None:
-        return method.flops_per_image()  # pyright: ignore
+def flops_per_image(method: Method, masks: Masks | Batch | None) -> float:
+    """Operations of a training step per image, for masks like these, or for a batch's own; a task has none."""
     if isinstance(method, Jepa):
-        assert masks.context is not None and masks.targets is not None
+        assert masks is not None and masks.context is not None and masks.targets is not None
         (contexts, _, context), (blocks, _, target) = masks.context.shape, masks.targets.shape
         return method.flops_per_image(contexts, context, blocks, target)
-    assert isinstance(method, Mae) and masks.visible is not None
-    return method.flops_per_image(*masks.visible.shape[1:])
+    if isinstance(method, Mae):
+        assert masks is not None and masks.visible is not None
+        return method.flops_per_image(*masks.visible.shape[1:])
+    return method.flops_per_image()  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
 
 
 def open_sources(config: Config, dataset: Any, val_dataset: Any) -> tuple[Source | Stream, Source | None, str]:
@@ -196,6 +196,5 @@ def _workers(config: Config, world: World, train: Source | Stream) -> int:
     """Loader processes of this rank: as configured, or the cores that its trainer leaves."""
     if config.loader.workers != "auto":
         return config.loader.workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(16, max(0, cores // world.local_size - 1))
+    workers = min(16, max(0, cores() // world.local_size - 1))
     return train.workers_for(world.size, workers) if isinstance(train, Stream) else workers

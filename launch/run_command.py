@@ -53,6 +53,11 @@ def count(text: str) -> int:
     return value
 
 
+def listed(text: str) -> list[str]:
+    """The words between commas."""
+    return [item for item in text.split(",") if item]
+
+
 def positive(text: str) -> int:
     value = int(text)
     if value < 1:

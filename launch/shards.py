@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
+from .host import cores
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 _SHOWN = 20  # lines of a long list
@@ -74,13 +75,9 @@ def add_shards_command(commands: Any) -> None:
     stats.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there as well")
     for command in (verify, repair, stats):
         command.add_argument("dest", nargs="+", help="a folder of shards, tars, or patterns with braces or wildcards")
-        command.add_argument("--threads", type=_count, default=_cores(), metavar="N", help="(default: the cores)")
+        command.add_argument("--threads", type=_count, default=cores(), metavar="N", help="(default: the cores)")
     for command in (verify, repair):
         command.add_argument("--deep", action="store_true", help="also decode every image")
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run_shards(arguments: argparse.Namespace) -> int:

@@ -16,7 +16,8 @@ from torch._C._distributed_c10d import HashStore
 from ..data.images import DataError
 from .errors import UserError
 from .nodes.guard import Guard, Judge
-from .nodes.meet import allow_open_files, meet
+from .nodes.meet import meet
+from .nodes.open_files import allow_open_files
 from .nodes.place import Place, find_place
 
 T = TypeVar("T")

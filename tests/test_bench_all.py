@@ -64,8 +64,10 @@ def refused(capsys, monkeypatch):
 
 def test_a_page_is_not_written_over(refused, tmp_path):
     (tmp_path / "old.md").write_text("old")
-    assert refused("-o", str(tmp_path / "old.md")).endswith("is there already; --force writes over it, -o FILE writes "
-                                                            "another.")  # fmt: skip
+    path = tmp_path / "old.md"
+    assert refused("-o", str(path)) == (
+        f"-o {path} is there already and is not overwritten: choose another name, or pass --force."
+    )
 
 
 def test_a_page_is_written_over_by_force(tmp_path):

@@ -15,11 +15,13 @@ from elsewhere.data.sources import open_source
 from elsewhere.kernels.relative_attention import relative_attention
 from elsewhere.kernels.relative_lookup import make_lookup
 from elsewhere.launch.bench_batches import OBJECTS, fixed_batches
-from elsewhere.launch.bench_flops import flops_by_formula, flops_counted
+from elsewhere.launch.bench_flops import flops_counted
 from elsewhere.launch.bench_profile import STEPS, print_profile, profile_steps
 from elsewhere.launch.bench_ranges import PartTimes
-from elsewhere.launch.bench_training import Training, case_config
+from elsewhere.launch.bench_training import Training
 from elsewhere.launch.build import build_adversary, build_method
+from elsewhere.launch.evaluate.task_config import any_config
+from elsewhere.launch.parts import flops_per_image
 from elsewhere.launch.world import World
 from elsewhere.models.jepa import predictor_flops
 from elsewhere.models.vit import encoder_flops
@@ -137,10 +139,10 @@ FORMULAS = {
 
 @pytest.mark.parametrize("recipe, settings", FORMULAS.values(), ids=FORMULAS.keys())
 def test_formulas_say_what_is_counted(recipe, settings):
-    config = case_config(recipe, [*settings, "engine.device=cpu"])
+    config = any_config(recipe, [*settings, "engine.device=cpu"])
     method, batch = build_method(config), fixed_batches(config, World(), 1, 1)[0]
     counted = flops_counted(lambda: method(batch)[0].backward())
-    assert flops_by_formula(method, batch) == pytest.approx(counted, rel=0.02)
+    assert flops_per_image(method, batch) == pytest.approx(counted, rel=0.02)
 
 
 def test_what_is_computed_again_is_counted(training):
@@ -237,7 +239,7 @@ def test_tasks_have_something_to_find(recipe, training):
 
 
 def test_objects_lie_on_their_images_with_masks_in_their_boxes():
-    config = case_config("small_detect", ["model.size=nano", "model.image_size=64"])
+    config = any_config("small_detect", ["model.size=nano", "model.image_size=64"])
     for one in fixed_batches(config, World(), 3, 1)[0].truth:
         assert one["boxes"].shape == (OBJECTS, 4) and one["labels"].min() >= 1 and one["labels"].max() <= 80
         assert one["boxes"].min() >= 0 and one["boxes"].max() <= 64
@@ -247,8 +249,8 @@ def test_objects_lie_on_their_images_with_masks_in_their_boxes():
 
 
 def test_a_shift_of_the_adversary_is_counted_like_the_rest():
-    config = case_config("adpe_rpe_coord_vit_b16", ["model.depth=1", "method.decoder.depth=1", "engine.device=cpu"])
+    config = any_config("adpe_rpe_coord_vit_b16", ["model.depth=1", "method.decoder.depth=1", "engine.device=cpu"])
     method, batch = build_method(config), fixed_batches(config, World(), 1, 1)[0]
     adversary = build_adversary(config, method)
     counted = flops_counted(lambda: method(batch, adversary.tensors)[0].backward())
-    assert flops_by_formula(method, batch) == pytest.approx(counted, rel=0.02)
+    assert flops_per_image(method, batch) == pytest.approx(counted, rel=0.02)

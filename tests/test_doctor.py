@@ -89,13 +89,21 @@ def test_what_setup_asks_for_is_looked_at():
 
 
 def test_a_lowered_limit_of_open_files_is_a_problem():
+    """The hard one: a run raises the other by itself."""
     code = (
         "import resource, json, dataclasses; from elsewhere.launch.doctor.machine import open_files;"
-        "resource.setrlimit(resource.RLIMIT_NOFILE, (40, 4096)); print(json.dumps(dataclasses.asdict(open_files())))"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, {}); print(json.dumps(dataclasses.asdict(open_files())))"
     )
-    found = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
-    assert (found["state"], found["needed"], found["facts"]["soft"]) == ("problem", True, 40)
-    assert found["fix"] == "ulimit -n 4096"
+
+    def under(*limits):
+        done = subprocess.run([sys.executable, "-c", code.format(limits)], capture_output=True, text=True, check=True)
+        return json.loads(done.stdout)
+
+    found = under(40, 40)
+    assert (found["state"], found["needed"], found["facts"]["hard"]) == ("problem", True, 40)
+    assert "raise the hard limit" in found["fix"]
+    assert (under(40, 512)["state"], under(40, 512)["needed"], under(40, 2048)["state"]) == ("problem", False, "note")
+    assert under(40, 4096)["state"] == "ok" and "40 now, which a run raises" in under(40, 4096)["found"]
 
 
 def test_a_path_without_a_compiler_is_noted(tmp_path, monkeypatch):
@@ -159,7 +167,7 @@ def test_folders_that_cannot_be_written_to_are_problems():
 
 
 def test_shared_memory_smaller_than_the_workers_batches_is_a_problem(monkeypatch):
-    monkeypatch.setattr(machine, "affinity", lambda: 8)
+    monkeypatch.setattr(machine, "usable_cores", lambda: 8)
     assert machine.shared_memory(1).facts["workers"] == 7
     monkeypatch.setattr(machine, "BATCH_BYTES", 10**15)
     found = machine.shared_memory(1)

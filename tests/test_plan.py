@@ -19,12 +19,13 @@ from elsewhere.launch.build import build_adversary, build_masks, build_method
 from elsewhere.launch.config import load_config, recipe_names
 from elsewhere.launch.engine.activation_checkpointing import checkpoint_activations
 from elsewhere.launch.errors import UserError
+from elsewhere.launch.evaluate.task_config import any_config
 from elsewhere.launch.planning import command
 from elsewhere.launch.planning.activations import activations, fake_batch, make_fake, on_meta
 from elsewhere.launch.planning.hardware import GPUS
 from elsewhere.launch.planning.memory import Division, Weight, divide, states, weights_of
 from elsewhere.launch.planning.pace import exchanges, sent
-from elsewhere.launch.planning.plan import Place, memory, most_dividing, most_images, open_case, plan, planned_config
+from elsewhere.launch.planning.plan import Place, memory, most_dividing, most_images, open_case, plan
 from elsewhere.models.vit import SIZES
 
 MAE = {"model.size": "nano", "model.depth": 3, "method.decoder": {"width": 48, "depth": 2, "heads": 2}}
@@ -118,7 +119,7 @@ def labelled_batch(config, images):
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("name", "least"), [("classify", 0.98), ("segment", 0.98), ("detect", 0.9)])
 def test_kept_activations_of_tasks_are_those_of_real_tensors(name, least, precision, policy):
-    config, dtype = planned_config(*TASK_CASES[name]), getattr(torch, precision)
+    config, dtype = any_config(*TASK_CASES[name]), getattr(torch, precision)
     found = activations(config, policy, dtype, cuda=False).kept(4)
     real = measured(config, policy, dtype, 4, labelled_batch(config, 4))
     assert least * found <= real <= found / least
@@ -453,7 +454,7 @@ def test_planning_leaves_no_fake_tensors_in_the_tables_of_relative_positions():
 @pytest.mark.long
 @pytest.mark.parametrize("recipe", recipe_names())
 def test_every_recipe_plans(recipe):
-    config = planned_config(recipe, [])
+    config = any_config(recipe, [])
     found = plan(recipe, config, Place(4, "h200-141g"), scales=(), policies=())
     real = on_meta(config).parameters()
     assert found["trained"] + found["frozen"] == sum(p.numel() for p in real)

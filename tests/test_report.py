@@ -286,7 +286,10 @@ def test_evaluations_of_a_run_are_told(report, tmp_path):
         (["nowhere"], "There is no run in nowhere"),
         (["empty"], "empty holds no metrics.jsonl"),
         (["begun"], "holds no step yet"),
-        (["run", "-o", "there.html"], "there.html is there already; choose another name, or pass --force"),
+        (
+            ["run", "-o", "there.html"],
+            "there.html is there already and is not overwritten: choose another name, or pass --force",
+        ),
         (["run", "-o", "empty"], "empty is a folder; name a file"),
         (["run", "-o", "no/page.html"], "its folder is not there"),
         (["run", "--names", "a,b"], "2 names for 1 runs"),

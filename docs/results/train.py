@@ -7,7 +7,6 @@ share the work), `--table` prints the tables of what is there, `--list` the comm
 from __future__ import annotations
 
 import argparse
-import contextlib
 import fcntl
 import json
 import shlex
@@ -92,13 +91,18 @@ def train(data: str, runs: Path, seeds: int) -> None:
 
     runs.mkdir(parents=True, exist_ok=True)
     for _, _, recipe, settings, seed, folder in rows(runs, seeds):
-        with Path(f"{folder}.busy").open("w") as lock, contextlib.suppress(BlockingIOError):
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with Path(f"{folder}.busy").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:  # another one is at it
+                continue
             if figures(folder):
                 continue
             for command in commands(recipe, settings, folder, data, seed).values():
                 status = main(command)
-                if status not in (0, 3):  # one that diverged is a result, too
+                if status == 3:  # diverged: it has no figures, and its row says so
+                    break
+                if status:
                     raise SystemExit(status)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..json_file import check_json, write_json
+from ..new_file import check_new, write_json
 from . import building, devices, machine, packages
 from .findings import Finding, guarded
 
@@ -34,7 +34,7 @@ def add_doctor_command(commands: Any) -> None:
 
 def run_doctor(arguments: argparse.Namespace) -> int:
     """Run `elsewhere doctor`; the exit status, 2 where `elsewhere pretrain demo` lacks something."""
-    check_json(arguments.json)
+    check_new(arguments.json, "--json")
     if arguments.disk is not None and not arguments.disk.is_dir():
         raise UserError(f"--disk {arguments.disk} is no folder on this machine; give one that is there.")
     print(f"elsewhere {version('elsewhere')} on {platform.platform()}")

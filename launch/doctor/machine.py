@@ -10,6 +10,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..host import cores as usable_cores
+from ..host import processor
+from ..nodes.open_files import FEWEST_FILES
 from .findings import Finding, size
 
 # A batch of 256 images of 224 pixels, or of four crops of 112 each, as bytes in which loader workers hand it over.
@@ -19,7 +22,7 @@ MOST_WORKERS = 16  # that loader.workers=auto starts for a rank
 PHOTO_BYTES = 110e3  # a photo of ImageNet, about
 # Of a rank: 32 batches of some tensors in shared memory, 256 open shards, its libraries.
 LEAST_FILES, GOOD_FILES = 1024, 4096
-DEMO_FILES, DEMO_MEMORY = 64, 1.5e9
+DEMO_MEMORY = 1.5e9
 _TRIAL, _BLOCK, _PATIENCE = 128 * 2**20, 4 * 2**20, 5.0
 
 
@@ -63,18 +66,13 @@ def _as_number(word: str) -> int | None:
     return int(word) if word.lstrip("-").isdecimal() else None
 
 
-def affinity() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def cores(ranks: int) -> Finding:
     """Cores of this machine, and how many of them this process may use."""
-    found, (quota, _) = affinity(), cgroup_limits()
+    found, (quota, _) = usable_cores(), cgroup_limits()
     usable = found if quota is None else min(found, quota)
     load = os.getloadavg()[0]
     facts = {"machine": os.cpu_count(), "affinity": found, "cgroup": quota, "load": load}
-    text = f"{found} of {os.cpu_count()} ({_processor()}), load {load:.1f}"
+    text = f"{found} of {os.cpu_count()} ({processor()}, {platform.machine()}), load {load:.1f}"
     if quota is not None and quota < found:
         workers = max(0, min(MOST_WORKERS, int(quota) // ranks - 1))
         return Finding(
@@ -91,15 +89,6 @@ def cores(ranks: int) -> Finding:
             "cores", "note", f"{text}: other jobs are on them", "wait for them before measuring", facts=facts
         )
     return Finding("cores", "ok", text, facts=facts)
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    named = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return f"{named}, {platform.machine()}" if named else platform.machine()
 
 
 def memory() -> Finding:
@@ -121,7 +110,7 @@ def memory() -> Finding:
 
 def shared_memory(ranks: int, folder: str = "/dev/shm") -> Finding:
     """Shared memory, through which loader workers hand batches over."""
-    workers = max(0, min(MOST_WORKERS, affinity() // ranks - 1))
+    workers = max(0, min(MOST_WORKERS, usable_cores() // ranks - 1))
     wanted = ranks * workers * PREFETCH * BATCH_BYTES
     name, fix = "shared memory", "docker run --shm-size=16g (or --ipc=host); mount -o remount,size=16G /dev/shm"
     try:
@@ -146,20 +135,14 @@ def open_files() -> Finding:
     """How many files a process may have open: batches in shared memory, shards, connections to other ranks."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     shown = ["unlimited" if limit == resource.RLIM_INFINITY else f"{limit:,}" for limit in (soft, hard)]
-    text, name, facts = (
-        f"{shown[0]} at once (could be raised to {shown[1]})",
-        "open files",
-        {"soft": soft, "hard": hard},
-    )
-    if soft == resource.RLIM_INFINITY or soft >= GOOD_FILES:
+    name, facts = "open files", {"soft": soft, "hard": hard}
+    text = f"{shown[1]} at once" + (f" ({shown[0]} now, which a run raises)" if soft != hard else "")
+    if hard == resource.RLIM_INFINITY or hard >= GOOD_FILES:
         return Finding(name, "ok", text, facts=facts)
-    reach = hard == resource.RLIM_INFINITY or hard >= GOOD_FILES
-    fix = "ulimit -n 65536" if reach and shown[1] == "unlimited" else f"ulimit -n {min(65536, hard)}"
-    if not reach:
-        fix = "raise the hard limit: docker run --ulimit nofile=65536, or /etc/security/limits.conf"
-    if soft < LEAST_FILES:
+    fix = "raise the hard limit: docker run --ulimit nofile=65536, or /etc/security/limits.conf"
+    if hard < LEAST_FILES:
         why = "a rank with 16 workers and shards needs about 1,024"
-        return Finding(name, "problem", f"{text}; {why}", fix, soft < DEMO_FILES, facts)
+        return Finding(name, "problem", f"{text}; {why}", fix, hard < FEWEST_FILES, facts)
     return Finding(name, "note", f"{text}; enough for one machine, not for hundreds of ranks", fix, facts=facts)
 
 

@@ -26,6 +26,7 @@ from ...models.method import Method
 from ..build import pixel_statistics
 from ..config import Config, overridden
 from ..errors import UserError
+from ..host import cores
 from ..load import load_described
 from ..monitor import hardware
 from ..nodes.guard import RankFailed
@@ -294,8 +295,7 @@ def loader_workers(config: Config, world: World) -> int:
     """Loader processes of this rank: as configured, or the cores that the encoder leaves."""
     if config.loader.workers != "auto":
         return config.loader.workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(16, max(0, cores // world.local_size - 1))
+    return min(16, max(0, cores() // world.local_size - 1))
 
 
 def open_encoder(checkpoint: Path, which: str, recipe: str | None, overrides: Sequence[str], world: World):

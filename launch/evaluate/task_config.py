@@ -9,11 +9,24 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from ..config import Config, flatten, load_config
+from ..config import TASKS, Config, flatten, load_config
 from ..errors import UserError
 
 # Settings of `model` that say how fresh weights are drawn: of no meaning to loaded ones.
 _FRESH = ("init", "init_std", "depth_scaled_init")
+
+
+def any_config(recipe: str, overrides: Sequence[str]) -> Config:
+    """The configuration of a recipe of any kind; a task that names no init.from has fresh weights of its own sizes.
+
+    Raises UserError for settings that are not possible.
+    """
+    config = load_config(recipe, overrides)
+    kind = config.method.kind
+    if kind not in TASKS:
+        return config
+    fresh = ["init.from=none"] if config.init.from_ is None else []
+    return task_config(recipe, [*overrides, *fresh], kind, TASKS[kind])
 
 
 def task_config(recipe: str, overrides: Sequence[str] | Mapping[str, Any], kind: str, command: str) -> Config:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import secrets
 import socket
 from collections.abc import Callable, Mapping
@@ -17,7 +16,6 @@ from .place import Place
 from .roll_call import Hub, Member, Seen
 
 _KEY = "roll call"
-FEWEST_FILES = 64  # with 24 a run waited for its loader for ever, with 40 it trained
 
 
 def meet(
@@ -77,20 +75,3 @@ def _check_name(master: str) -> None:
             f"The first machine's name {master} is not known on {socket.gethostname()}: check MASTER_ADDR or the "
             "hostfile, or give its address."
         ) from error
-
-
-def allow_open_files(ranks: int) -> None:
-    """Let this process open the files that a run of `ranks` needs: batches, shards, a connection to each other rank.
-
-    Raises UserError where the system forbids even what one process needs, which would wait for its loader for ever.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = ranks + 4096
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        if soft < FEWEST_FILES:
-            raise UserError(
-                f"A process may open only {soft} files at once here, and a run needs {FEWEST_FILES} or more: raise the "
-                "hard limit (`ulimit -n 4096` as root, or `docker run --ulimit nofile=65536`)."
-            )

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..config import refuse_task
 from ..errors import UserError
-from ..json_file import check_json, write_json
+from ..new_file import check_new, write_json
 
 
 def add_plan_command(commands: Any) -> None:
@@ -45,16 +45,17 @@ def run_plan(arguments: argparse.Namespace) -> int:
         value = getattr(arguments, name)
         if value is not None and not value > 0:
             raise UserError(f"--{name.replace('_', '-')} {value:g} must be more than 0.")
-    check_json(arguments.json)
+    check_new(arguments.json, "--json")
     from .hardware import gpu, link
 
     gpu(arguments.gpu)
     link(arguments.interconnect, False)
     overrides = [*arguments.overrides, *_engine(arguments.engine)]
     # Only now: torch takes seconds to import.
-    from .plan import Place, plan, planned_config
+    from ..evaluate.task_config import any_config
+    from .plan import Place, plan
 
-    config = planned_config(arguments.recipe, overrides)
+    config = any_config(arguments.recipe, overrides)
     if arguments.check:
         refuse_task(config, "--check")
 

@@ -14,9 +14,9 @@ from ...data.images import DataError
 from ...data.order import check_batch_sizes, epoch_length
 from ...models.mae import Mae
 from ..build import build_masks
-from ..config import TASKS, Config, load_config
+from ..config import TASKS, Config
 from ..engine.precision import DTYPES
-from ..errors import UserError
+from ..errors import UserError, user_errors
 from ..parts import flops_per_image, open_sources
 from . import pace
 from .activations import Activations, activations, fake_batch, on_meta
@@ -69,10 +69,8 @@ def open_case(config: Config, gpu_name: str, images: int | None, recipe: str) ->
     masks = make(config.seed, 0, 0, np.arange(64)) if make else None
     unseen = _unseen(config) if images is None else None
     if images is None and config.data.path and not unseen:
-        try:
+        with user_errors():
             images = _images(config)
-        except DataError as error:
-            raise UserError(str(error)) from error
     attack = method.attack_tensors() if isinstance(method, Mae) else {}
     batch = fake_batch(config, masks, 64)
     parts = [part for part in vars(batch).values() if isinstance(part, torch.Tensor)]
@@ -84,19 +82,6 @@ def open_case(config: Config, gpu_name: str, images: int | None, recipe: str) ->
         images=images or _usual_images(config, recipe), unseen=unseen,
         again=pace.computed_again(method, flops, config.engine.activation_checkpointing),
     )  # fmt: skip
-
-
-def planned_config(recipe: str, overrides: Sequence[str]) -> Config:
-    """The configuration of a recipe; of a task with the encoder of init.from, or without it the recipe's own."""
-    config = load_config(recipe, overrides)
-    kind = config.method.kind
-    if kind not in TASKS:
-        return config
-    from ..evaluate.task_config import task_config
-
-    if config.init.from_ is None:
-        overrides = [*overrides, "init.from=none"]
-    return task_config(recipe, overrides, kind, TASKS[kind])
 
 
 def _images(config: Config) -> int:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
+from ..new_file import check_new
 
 if TYPE_CHECKING:
     from .read import Run
@@ -52,8 +52,8 @@ def run_report(arguments: argparse.Namespace) -> int:
     from .read import find_runs, read_run, short_names
     from .small_figure import load_matplotlib, small_figure
 
-    for path in filter(None, (arguments.output, arguments.png)):
-        _writable(path, arguments.force)
+    check_new(arguments.output, "-o", arguments.force)
+    check_new(arguments.png, "--png", arguments.force)
     if arguments.png:
         if arguments.png.resolve() == arguments.output.resolve():
             raise UserError(f"-o and --png both name {arguments.png}: give the page and the figure a file each.")
@@ -80,15 +80,6 @@ def run_report(arguments: argparse.Namespace) -> int:
     steps = ", ".join(f"{run.name} {run.steps:,} steps" for run in runs)
     print(f"{' and '.join(said)}: {steps}")
     return 0
-
-
-def _writable(path: Path, force: bool) -> None:
-    if path.is_dir():
-        raise UserError(f"{path} is a folder; name a file, e.g. {path / 'report.html'}.")
-    if path.exists() and not force:
-        raise UserError(f"{path} is there already; choose another name, or pass --force to write over it.")
-    if not os.access(path.parent, os.W_OK):
-        raise UserError(f"{path}: its folder is not there or not writable; choose another.")
 
 
 def _have_epochs(runs: list[Run]) -> None:

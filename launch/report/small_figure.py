@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,18 +12,6 @@ from .figure import scaled, short, thin
 from .panels import Panel, is_log, sections
 from .read import Run
 
-_COLOURS = (
-    "#2468b4",
-    "#d1541f",
-    "#2a8f5b",
-    "#a33ea1",
-    "#b58900",
-    "#1797a6",
-    "#c2334d",
-    "#6b5bd2",
-    "#7a6a53",
-    "#5d7a1f",
-)
 _FIRST = ("loss", "probe/linear", "probe/top1", "probe/miou", "probe/box_AP", "probe/knn", "probe/mask_AP",
           "collapse/rank_me", "adversary/loss_gain", "images_per_s", "lr")  # fmt: skip
 
@@ -31,6 +20,12 @@ def chosen(runs: Sequence[Run], count: int = 4) -> list[Panel]:
     """The panels that say most of these runs."""
     there = {panel.key: panel for _, panels in sections(runs) for panel in panels}
     return [there[key] for key in _FIRST if key in there][:count]
+
+
+def _colours() -> list[str]:
+    """Those of the page's curves in a light room."""
+    light = Path(__file__).with_name("page.css").read_text(encoding="utf-8").partition("prefers-color-scheme")[0]
+    return re.findall(r"--c\d: (#[0-9a-f]{6})", light)
 
 
 def load_matplotlib() -> tuple[Any, Any, Any]:
@@ -47,7 +42,7 @@ def load_matplotlib() -> tuple[Any, Any, Any]:
 def small_figure(runs: Sequence[Run], path: Path, over: str = "step") -> None:
     """Write the figure; needs matplotlib."""
     ticker, drawn_on, canvas = load_matplotlib()
-    panels = chosen(runs)
+    panels, colours = chosen(runs), _colours()
     drawn = drawn_on(figsize=(3.3 * len(panels), 2.9), dpi=150, layout="constrained")
     canvas(drawn)
     axes = drawn.subplots(1, len(panels), squeeze=False)[0]
@@ -60,7 +55,7 @@ def small_figure(runs: Sequence[Run], path: Path, over: str = "step") -> None:
             lines.append(line)
             marker = "o" if len(line.x) <= 30 else None
             (drawn_line,) = axis.plot(
-                line.x, line.y, color=_COLOURS[i % 10], lw=1.4, marker=marker, ms=3, label=run.name
+                line.x, line.y, color=colours[i % len(colours)], lw=1.4, marker=marker, ms=3, label=run.name
             )
             if line.averaged > 1 or line.whiskers:
                 axis.fill_between(line.x, line.low, line.high, color=drawn_line.get_color(), alpha=0.16, lw=0)

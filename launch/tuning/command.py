@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..json_file import check_json, write_json
+from ..new_file import check_new, write_json
 
 if TYPE_CHECKING:
     from .tune import Tuned
@@ -39,18 +39,18 @@ def add_tune_command(commands: Any) -> None:
 
 def run_tune(arguments: argparse.Namespace) -> int:
     """Run `elsewhere tune`; the exit status. Raises UserError for something to mend."""
-    check_json(arguments.json)
+    check_new(arguments.json, "--json")
     from ..config import load_config
     from ..planning.hardware import gpu
 
     gpu(arguments.gpu)
     load_config(arguments.recipe, arguments.overrides)
     # Only now: torch takes seconds to import.
-    from .recipe_file import check_new, write_recipe
+    from .recipe_file import check_recipe, write_recipe
     from .tune import tune
 
     if arguments.output:
-        check_new(arguments.output)
+        check_recipe(arguments.output)
     tuned = tune(
         arguments.recipe, arguments.overrides, gpus=arguments.gpus, gpu=arguments.gpu, images=arguments.images,
         size=arguments.size, data=arguments.data, length=arguments.length,

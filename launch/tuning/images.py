@@ -6,13 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from ...data.images import DataError
 from ...data.pixel_moments import chosen, pixel_moments
 from ...data.webdataset import Stream
 from ...models.vit import SIZES
 from ..build import build_masks, encoder_size
 from ..config import Config
-from ..errors import UserError
+from ..errors import UserError, user_errors
 from ..parts import open_sources
 from . import rules
 from .choices import Choice, Tuning
@@ -27,10 +26,8 @@ def of_data(found: Tuning, images: int | None, size: int | None, data: str | Non
     if images is None or data:
         if not found.config.data.path:
             raise UserError("Say how many images there are: --images N, or --data PATH, which are counted.")
-        try:
+        with user_errors():
             source = open_sources(found.config, None, None)[0]
-        except DataError as error:
-            raise UserError(str(error)) from error
         if isinstance(source, Stream):
             raise UserError("Streamed shards are not measured: leave --data out, give --images, and data.path=URL.")
         counted = len(source)
@@ -45,10 +42,8 @@ def of_data(found: Tuning, images: int | None, size: int | None, data: str | Non
 
 def _measure(found: Tuning, source: Any, size: int | None) -> int | None:
     places = chosen(len(source), MEASURED)
-    try:
+    with user_errors():
         seen = pixel_moments(source, places, threads=2)
-    except DataError as error:
-        raise UserError(str(error)) from error
     rule = f"of {len(seen.heights):,} images, each counting the same"
     mean, std = ([round(x, 4) for x in values] for values in (seen.mean, seen.std))
     found.decide("measured", rule, data__mean=mean, data__std=[max(1e-3, x) for x in std])

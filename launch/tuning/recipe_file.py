@@ -11,6 +11,7 @@ import yaml
 
 from ..config import recipe_names
 from ..errors import UserError
+from ..new_file import check_new, write_new
 from .choices import Choice
 from .tune import Tuned
 
@@ -18,23 +19,16 @@ _WIDTH = 110
 _FIRST = ("about", "data.path")
 
 
-def check_new(path: Path) -> None:
+def check_recipe(path: Path) -> None:
     """Raise UserError unless a recipe can be written at `path`, where nothing may be yet."""
     if path.suffix not in (".yaml", ".yml"):
         raise UserError(f"-o {path} is no recipe's name: let it end in .yaml.")
-    if path.exists():
-        raise UserError(f"{path} is there already and is not overwritten: choose another name, or remove it.")
-    if not os.access(path.parent, os.W_OK):
-        raise UserError(f"-o {path}: its folder is not there or not writable; choose another.")
+    check_new(path, "-o")
 
 
 def write_recipe(path: Path, tuned: Tuned, command: str) -> None:
     """Write the recipe; raises UserError where the file appeared meanwhile."""
-    try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(recipe_text(tuned, command, path.parent))
-    except FileExistsError as error:
-        raise UserError(f"{path} is there already and is not overwritten: choose another name.") from error
+    write_new(path, recipe_text(tuned, command, path.parent), "-o")
 
 
 def recipe_text(tuned: Tuned, command: str, folder: Path) -> str:
