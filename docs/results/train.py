@@ -13,19 +13,29 @@ import shlex
 import statistics
 from pathlib import Path
 
-ENCODER = ["model.size=nano", "model.depth=4"]
-BUDGET = [
-    "optim.batch_size=128", "optim.epochs=20", "optim.warmup_epochs=2", "probe.before=false", "probe.every_epochs=0",
-    "probe.train_images=10000", "probe.val_images=10000", "loader.workers=1", "monitor.tensorboard=false",
-    "monitor.progress=false",
+QUIET = ["loader.workers=1", "monitor.tensorboard=false", "monitor.progress=false"]
+PRETRAINING = [
+    "model.size=nano", "model.depth=4", "optim.batch_size=64", "optim.steps=400", "optim.warmup_steps=40",
+    "probe.before=false", "probe.after=false", "probe.every_epochs=0", *QUIET,
 ]  # fmt: skip
-FINETUNING = ["optim.batch_size=128", "optim.epochs=10", "optim.warmup_epochs=1", "loader.workers=1",
-              "monitor.tensorboard=false", "monitor.progress=false"]  # fmt: skip
+PROBE = ["--kind", "knn,linear", "--train-images", "10000", "--val-images", "10000", "--layers", "last",
+         "--neighbours", "20", "--rates", "0.1,0.3,1", "--decays", "0", "--select", "held-out",
+         "model.image_size=32"]  # fmt: skip
+# So few steps fit better without what regularises a hundred epochs.
+FINETUNING = ["model.image_size=32", "model.drop_path=0", "data.rand_augment=null", "data.erase=0", "data.mixup=0",
+              "data.cutmix=0", "data.label_smoothing=0", "optim.layer_decay=1", "optim.batch_size=32",
+              "optim.base_lr=8e-3", "optim.steps=300", "optim.warmup_steps=30", *QUIET]  # fmt: skip
+PREDICTOR = ["method.predictor.width=48", "method.predictor.depth=2"]
+# Four crops of 16 pixels are as many patches of 4 as the one of 32 that MAE sees.
+DECODER = ["method.decoder.width=48", "method.decoder.depth=2", "model.patch_size=4", "optim.base_lr=8e-3",
+           "engine.precision=bfloat16"]  # fmt: skip
+ADVERSARY = ["method.adversary.base_lr=8e-3"]  # the model's, as in the recipes
+UNTRAINED = ["optim.steps=1", "optim.warmup_steps=0", "optim.start_lr=0", "optim.final_lr=0"]
 NO_BOUND = ["method.adversary.norm=none", "method.adversary.epsilon=null"]
-RELEASED = ["optim.schedule=mae_micro", "optim.decay_all=true", "data.remainder=drop", "loader.micro_batch=128"]
-# Of each family: what its first row is compared with, then names, recipes and settings.
+RELEASED = ["optim.schedule=mae_micro", "optim.decay_all=true", "data.remainder=drop", "loader.micro_batch=64"]
+# Of each family: what its rows share, then names, recipes and settings; the first row is what others are compared with.
 FAMILIES = {
-    "I-JEPA and StoP": [
+    "I-JEPA and StoP": (PREDICTOR, [
         ("I-JEPA", "cifar10_ijepa", []),
         *[(f"StoP, targets, std {std}", "cifar10_stop", [f"method.stop.std={std}"]) for std in (0.1, 0.25, 0.5, 1.0)],
         ("StoP, context, std 0.25", "cifar10_stop", ["method.stop.where=context"]),
@@ -33,56 +43,59 @@ FAMILIES = {
         (
             "StoP as released, std 0.25", "cifar10_stop",
             ["method.mask_token=projection_bias", "method.pairing=published", "mask.setting=published",
-             "mask.min_keep=4", "mask.context_keep=null", "model.depth_scaled_init=false", "loader.micro_batch=128",
+             "mask.min_keep=4", "mask.context_keep=null", "model.depth_scaled_init=false", "loader.micro_batch=64",
              "data.remainder=drop"],
         ),
-    ],
-    "MAE, MAE+ and AdPE": [
+        ("not pre-trained", "cifar10_ijepa", [*UNTRAINED, "optim.lr=1e-12"]),
+    ]),
+    "MAE, MAE+ and AdPE": (DECODER, [
         ("MAE", "cifar10_mae", []),
         ("MAE+, absolute", "cifar10_maeplus_ape", []),
         ("MAE+, relative", "cifar10_maeplus_rpe", []),
         *[
-            (f"AdPE, {positions}, {mode}", f"cifar10_adpe_{short}_{mode[:5]}", [])
+            (f"AdPE, {positions}, {mode}", f"cifar10_adpe_{short}_{mode[:5]}", ADVERSARY)
             for positions, short in (("absolute", "ape"), ("relative", "rpe"))
             for mode in ("embed", "coord")
         ],
-        ("AdPE as released, absolute, coord", "cifar10_adpe_ape_coord", [*NO_BOUND, *RELEASED]),
+        ("AdPE as released, absolute, coord", "cifar10_adpe_ape_coord", [*ADVERSARY, *NO_BOUND, *RELEASED]),
         (
             "AdPE as released, relative, coord", "cifar10_adpe_rpe_coord",
-            [*NO_BOUND, *RELEASED, "model.relative.lookup=published"],
+            [*ADVERSARY, *NO_BOUND, *RELEASED, "model.relative.lookup=published"],
         ),
-    ],
+        ("not pre-trained, absolute", "cifar10_mae", [*UNTRAINED, "optim.base_lr=1e-12"]),
+        ("not pre-trained, relative", "cifar10_maeplus_rpe", [*UNTRAINED, "optim.base_lr=1e-12"]),
+    ]),
 }  # fmt: skip
-FIGURES = ("linear", "knn", "top1")
+FIGURES = ("linear", "knn", "tuned")
 
 
 def commands(recipe: str, settings: list[str], folder: Path, data: str, seed: int) -> dict[str, list[str]]:
-    """The commands of a row and a seed, by the folder that each fills."""
-    where = [f"data.path={data}", f"seed={seed}"]
-    first = ["pretrain", recipe, *ENCODER, *BUDGET, *settings, *where, f"run.dir={folder}"]
-    tuned = ["finetune", "cifar10_finetune", f"init.from={folder}", *FINETUNING, *where, f"run.dir={folder}_tuned"]
-    return {str(folder): first, f"{folder}_tuned": tuned}
+    """The commands of a row and a seed, by the file whose being there says that one is done."""
+    place, probed, tuned = f"data.path={data}", f"{folder}_probed", f"{folder}_tuned"
+    first = ["pretrain", recipe, *PRETRAINING, *settings, place, f"seed={seed}", f"run.dir={folder}"]
+    probe = ["probe", str(folder), *PROBE, place, "-o", probed]
+    tune = ["finetune", "cifar10_finetune", f"init.from={folder}", *FINETUNING, place, f"seed={seed}"]
+    tune.append(f"run.dir={tuned}")
+    return {f"{folder}/results.json": first, f"{probed}/results.json": probe, f"{tuned}/results.json": tune}
 
 
 def rows(runs: Path, seeds: int):
     """Family, name, recipe, settings, seed and folder; all rows of a seed before the next one."""
     for seed in range(seeds):
-        for family, members in FAMILIES.items():
+        for family, (shared, members) in FAMILIES.items():
             for name, recipe, settings in members:
                 slug = "".join(c if c.isalnum() else "_" for c in name)
-                yield family, name, recipe, settings, seed, runs / f"{slug}_{seed}"
+                yield family, name, recipe, [*shared, *settings], seed, runs / f"{slug}_{seed}"
 
 
 def figures(folder: Path) -> dict[str, float] | None:
-    """What a row and a seed reached; None if it is not complete."""
-    found = {}
-    for path, names in ((folder, FIGURES[:2]), (Path(f"{folder}_tuned"), FIGURES[2:])):
-        results = path / "results.json"
-        after = json.loads(results.read_text()).get("after") if results.exists() else None
-        if not after:
-            return None
-        found |= {name: 100 * after[name] for name in names}
-    return found
+    """What a row and a seed reached, in percent; None if it is not complete."""
+    probed, tuned = Path(f"{folder}_probed/results.json"), Path(f"{folder}_tuned/results.json")
+    if not (probed.exists() and tuned.exists() and json.loads(tuned.read_text()).get("after")):
+        return None
+    found = {one["probe"]: 100 * one["best"][0]["top1"] for one in json.loads(probed.read_text())["evaluations"]}
+    found["tuned"] = 100 * json.loads(tuned.read_text())["after"]["top1"]
+    return found if all(figure in found for figure in FIGURES) else None
 
 
 def train(data: str, runs: Path, seeds: int) -> None:
@@ -98,7 +111,9 @@ def train(data: str, runs: Path, seeds: int) -> None:
                 continue
             if figures(folder):
                 continue
-            for command in commands(recipe, settings, folder, data, seed).values():
+            for done, command in commands(recipe, settings, folder, data, seed).items():
+                if Path(done).exists() and command[0] == "probe":
+                    continue
                 status = main(command)
                 if status == 3:  # diverged: it has no figures, and its row says so
                     break
@@ -113,7 +128,7 @@ def table(runs: Path, seeds: int) -> str:
         reached = figures(folder)
         found.setdefault((family, name), {}).update({seed: reached} if reached else {})
     lines = []
-    for family, members in FAMILIES.items():
+    for family, (_, members) in FAMILIES.items():
         first = found[family, members[0][0]]
         lines += ["", f"| {family} | seeds | linear | k-NN | fine-tuned |", "|---|---|---|---|---|"]
         for name, *_ in members:
