@@ -28,7 +28,7 @@ FINETUNING = ["model.image_size=32", "model.drop_path=0", "data.rand_augment=nul
 PREDICTOR = ["method.predictor.width=48", "method.predictor.depth=2"]
 # Four crops of 16 pixels are as many patches of 4 as the one of 32 that MAE sees.
 DECODER = ["method.decoder.width=48", "method.decoder.depth=2", "model.patch_size=4", "optim.base_lr=8e-3",
-           "engine.precision=bfloat16"]  # fmt: skip
+           "engine.precision=bfloat16", "data.crop_scale=[0.2,1.0]"]  # fmt: skip
 ADVERSARY = ["method.adversary.base_lr=8e-3"]  # the model's, as in the recipes
 UNTRAINED = ["optim.steps=1", "optim.warmup_steps=0", "optim.start_lr=0", "optim.final_lr=0"]
 NO_BOUND = ["method.adversary.norm=none", "method.adversary.epsilon=null"]
