@@ -19,7 +19,7 @@ def add_bench_step(parts: Any) -> None:
     )
     step = parts.add_parser("step", help=text, description=f"{text} {more}")
     step.add_argument(
-        "recipes", nargs="+", metavar="RECIPE|key=value", help="recipes to compare, and settings for all of them"
+        "recipes", nargs="*", metavar="RECIPE|key=value", help="recipes to compare, and settings for all of them"
     )
     step.add_argument(
         "--vary", action="extend", nargs="+", default=[], metavar="key=a,b",
@@ -41,8 +41,11 @@ def add_bench_step(parts: Any) -> None:
 
 def run_bench_step(arguments: argparse.Namespace) -> dict[str, Any]:
     """Run `elsewhere bench step` and print its tables; raises UserError for something to mend."""
-    recipes = [item for item in arguments.recipes if "=" not in item]
-    overrides = [item for item in arguments.recipes if "=" in item]
+    vary, named = arguments.vary, arguments.recipes
+    if not named:  # they may stand behind --vary, which takes all that follows it
+        vary, named = [x for x in vary if "=" in x], [x for x in vary if "=" not in x]
+    recipes = [item for item in named if "=" not in item]
+    overrides = [item for item in named if "=" in item]
     if not recipes:
         raise UserError("Name a recipe to measure, e.g. elsewhere bench step cifar10_maeplus_rpe.")
     if arguments.data and "=" in arguments.data and not Path(arguments.data).exists():
@@ -57,7 +60,7 @@ def run_bench_step(arguments: argparse.Namespace) -> dict[str, Any]:
     from .bench_step import bench_step, variants
 
     result = bench_step(
-        variants(recipes, overrides, arguments.vary), arguments.batch, arguments.steps, arguments.rounds,
+        variants(recipes, overrides, vary), arguments.batch, arguments.steps, arguments.rounds,
         real=arguments.data is not None, trace=trace,
     )  # fmt: skip
     from .bench_step_table import print_step_table
@@ -82,9 +85,12 @@ def add_bench_all(parts: Any) -> None:
 
 def run_bench_all(arguments: argparse.Namespace) -> dict[str, Any]:
     """Run `elsewhere bench all` and say where its page is; raises UserError for something to mend."""
+    from ..data.images import ImageFolder
     from .bench_all import bench_all, new_page
 
     path = new_page(arguments.output, arguments.force)  # before minutes of measuring
+    if arguments.data:
+        ImageFolder(arguments.data)
     result = bench_all(path, arguments.quick, arguments.data, arguments.only)
     print(f"Written to {path}.")
     return result

@@ -10,8 +10,9 @@ import re
 import signal
 import statistics
 import tempfile
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import date
 from itertools import product
 from multiprocessing.connection import Connection
@@ -31,7 +32,7 @@ def variants(recipes: Sequence[str], overrides: Sequence[str], vary: Sequence[st
     """Recipe and overrides of every case: each recipe with every combination of the `key=a,b` in `vary`.
 
     A key may be one of `SHORT`, or `engine`, whose values are ddp, fsdp and settings of DeepSpeed. Raises UserError for
-    a `vary` without a key or with a single value.
+    a `vary` without a key or with a single value, and for an engine that is not there.
     """
     axes = []
     for item in vary:
@@ -50,7 +51,10 @@ def variants(recipes: Sequence[str], overrides: Sequence[str], vary: Sequence[st
 def _settings(key: str, value: str) -> list[str]:
     if key == "engine":
         from .bench_engines import engine_settings
+        from .engine.ds_settings import find_settings
 
+        if value not in ("ddp", "fsdp"):
+            find_settings(value)  # one that is misspelt ends the comparison before it begins
         return engine_settings(value)
     return [f"{SHORT.get(key, key)}={value}"]
 
@@ -146,7 +150,8 @@ class _Case:
         self._pipe, theirs = context.Pipe()
         # No daemon: those may have no loader processes. It ends when its pipe is closed.
         self._process = context.Process(target=_run, args=(theirs, recipe, overrides, batch, real))
-        self._process.start()
+        with _deaf():
+            self._process.start()
         theirs.close()
         self.failure: str | None = None
 
@@ -179,6 +184,19 @@ class _Case:
         self._process.join()
 
 
+@contextlib.contextmanager
+def _deaf() -> Iterator[None]:
+    """Processes that start here do not hear Ctrl-C, which a terminal sends to them as well: we end, and they then."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _run(pipe: Connection, recipe: str, overrides: list[str], batch: int | None, real: bool) -> None:
     """The child: build the case, then do what it is asked for; a sentence is why it cannot."""
     from ..data.images import DataError
@@ -194,7 +212,7 @@ def _run(pipe: Connection, recipe: str, overrides: list[str], batch: int | None,
             while True:
                 what, about = pipe.recv()
                 pipe.send(training.turn(about) if what == "turn" else _figures(training, about))
-        except (EOFError, KeyboardInterrupt):
+        except (EOFError, BrokenPipeError):
             pass  # all is measured, or nothing more is wanted
         except (UserError, DataError) as error:
             pipe.send(str(error))

@@ -254,7 +254,18 @@ def _configs(_: argparse.Namespace) -> int:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
+    from ..data.images import DataError
+
     check_new(arguments.json, "--json")  # before minutes of measuring
+    try:
+        result = _measured(arguments)
+    except DataError as error:
+        raise UserError(str(error)) from error
+    write_json(arguments.json, result)
+    return 0
+
+
+def _measured(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.part == "masks":
         from .bench import bench_masks, print_masks_table
 
@@ -263,13 +274,9 @@ def _bench(arguments: argparse.Namespace) -> int:
     elif arguments.part == "kernels":
         result = _bench_kernels(arguments)
     elif arguments.part == "data":
-        from ..data.images import DataError
         from .bench_data import bench_data, print_data_table
 
-        try:
-            result = bench_data(arguments.folder)
-        except DataError as error:
-            raise UserError(str(error)) from error
+        result = bench_data(arguments.folder)
         print_data_table(result)
     elif arguments.part == "features":
         from .bench_features import bench_features, print_features_table
@@ -308,8 +315,7 @@ def _bench(arguments: argparse.Namespace) -> int:
         result = run_bench_all(arguments)
     else:
         result = run_bench_step(arguments)
-    write_json(arguments.json, result)
-    return 0
+    return result
 
 
 def _bench_kernels(arguments: argparse.Namespace) -> dict[str, Any]:

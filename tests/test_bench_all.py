@@ -21,11 +21,17 @@ def test_a_machine_gives_a_file_its_name(name, expected):
     assert slug(name) == expected
 
 
+def broken_photo(folder):
+    (folder / "photos" / "a").mkdir(parents=True)
+    (folder / "photos" / "a" / "1.jpg").write_text("no photo")
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     """The folder with the page of a quick run of two sections, one of which fails, and its JSON."""
     folder = tmp_path_factory.mktemp("pages")
-    arguments = ["--quick", "--only", "masks,data", "--data", str(folder / "nowhere"), "-o", str(folder)]
+    broken_photo(folder)
+    arguments = ["--quick", "--only", "masks,data", "--data", str(folder / "photos"), "-o", str(folder)]
     assert main(["bench", "all", *arguments, "--json", str(folder / "all.json")]) == 0
     return folder
 
@@ -46,7 +52,7 @@ def test_a_page_holds_what_a_section_prints(page):
 
 
 def test_a_section_that_fails_says_why_and_ends_no_other(page, written):
-    assert "Not measured:" in page.partition("## Readers")[2] and "nowhere" in page
+    assert "Not measured:" in page.partition("## Readers")[2] and "None of the 1 images" in page
     assert {"masks"} == json.loads((written / "all.json").read_text()).keys() & set(SECTIONS)
 
 
@@ -80,6 +86,10 @@ def test_a_folder_that_is_not_there(refused, tmp_path):
     assert "its folder is not there or not writable" in refused("-o", str(tmp_path / "nowhere" / "page.md"))
 
 
+def test_data_that_are_not_there(refused, tmp_path):
+    assert "nowhere" in refused("--data", str(tmp_path / "nowhere"), "-o", str(tmp_path))
+
+
 def test_an_unknown_section(refused, tmp_path):
     assert refused("--only", "steps", "-o", str(tmp_path)) == (
         "--only steps is not known; choose some of masks, kernels, data, step, engines."
@@ -87,7 +97,8 @@ def test_an_unknown_section(refused, tmp_path):
 
 
 def test_nothing_measured_is_an_error_and_writes_no_page(capsys, tmp_path):
-    arguments = ["--quick", "--only", "data", "--data", str(tmp_path / "nowhere"), "-o", str(tmp_path / "page.md")]
+    broken_photo(tmp_path)
+    arguments = ["--quick", "--only", "data", "--data", str(tmp_path / "photos"), "-o", str(tmp_path / "page.md")]
     assert main(["bench", "all", *arguments]) == 2
     assert "Nothing could be measured" in capsys.readouterr().err and not (tmp_path / "page.md").exists()
 

@@ -5,7 +5,12 @@ import gzip
 import io
 import json
 import multiprocessing
+import os
+import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -38,8 +43,9 @@ def refused(capsys, monkeypatch):
     return run
 
 
-def test_settings_without_a_recipe(refused):
-    assert refused("optim.lr=1") == "Name a recipe to measure, e.g. elsewhere bench step cifar10_maeplus_rpe."
+@pytest.mark.parametrize("arguments", [[], ["optim.lr=1"], ["--vary", "compile=true,false"]], ids=str)
+def test_no_recipe(refused, arguments):
+    assert refused(*arguments) == "Name a recipe to measure, e.g. elsewhere bench step cifar10_maeplus_rpe."
 
 
 @pytest.mark.parametrize("vary", ["model.relative.terms", "model.relative.terms=k", "=k,qk"])
@@ -47,6 +53,32 @@ def test_a_vary_that_compares_nothing(refused, vary):
     assert refused("demo_adpe", "--vary", vary) == (
         f"--vary {vary} compares nothing; write key=a,b, e.g. --vary model.relative.terms=none,k."
     )
+
+
+def test_a_recipe_behind_vary_is_one(refused):
+    assert refused("--vary", "compile=true,false", "demo_adp").startswith("There is no recipe or file called demo_adp;")
+
+
+def test_an_engine_that_is_not_there(refused):
+    assert refused("demo", "--vary", "engine=ddp,zero22").startswith(
+        "There is no DeepSpeed setting engine.deepspeed=zero22; did you mean zero2?"
+    )
+
+
+def test_an_interrupt_of_the_terminal_ends_without_a_traceback():
+    """Ctrl-C reaches the measured processes as well, which have not yet imported what would catch it."""
+    command = [sys.executable, "-m", "elsewhere.launch", "bench", "step", "demo", "--rounds", "1000"]
+    bench = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not (children := Path(f"/proc/{bench.pid}/task/{bench.pid}/children").read_text().split()):
+        time.sleep(0.01)
+    time.sleep(0.3)  # it imports
+    os.killpg(bench.pid, signal.SIGINT)
+    err = bench.communicate(timeout=60)[1]
+    assert bench.returncode == 130 and "Traceback" not in err
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{child}").exists() for child in children):
+        assert time.monotonic() < deadline, "a measured process outlives the bench"
+        time.sleep(0.05)
 
 
 def test_an_unknown_recipe(refused):
@@ -57,7 +89,7 @@ def test_a_value_that_is_not_possible(refused):
     assert refused("demo_adpe", "--vary", "model.relative.terms=k,z").startswith("model.relative.terms=z is not")
 
 
-@pytest.mark.parametrize("arguments", [[], ["demo", "--batch", "0"], ["demo", "--steps", "x"]], ids=str)
+@pytest.mark.parametrize("arguments", [["demo", "--batch", "0"], ["demo", "--steps", "x"]], ids=str)
 def test_a_wrong_command_ends_with_its_usage(arguments, capsys):
     with pytest.raises(SystemExit) as end:
         main(["bench", "step", *arguments])

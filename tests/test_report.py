@@ -293,6 +293,8 @@ def test_evaluations_of_a_run_are_told(report, tmp_path):
         (["run", "-o", "empty"], "empty is a folder; name a file"),
         (["run", "-o", "no/page.html"], "its folder is not there"),
         (["run", "--names", "a,b"], "2 names for 1 runs"),
+        (["run", "short", "--names", "a,a"], "--names calls two runs a"),
+        (["run", "--png", "figure.jpg"], "does not end in .png"),
         (["short", "--over", "epoch"], "short has no two steps yet"),
     ],
 )

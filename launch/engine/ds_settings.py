@@ -92,7 +92,7 @@ def load_settings(
     Batch sizes and clipping are the recipe's where they are missing or "auto". Raises UserError for a file that cannot
     be read, for what contradicts the recipe, and for what would change the result or was never tried.
     """
-    path = _find(name_or_path)
+    path = find_settings(name_or_path)
     where = f"engine.deepspeed={name_or_path}"
     settings = _read(path)
     _check_names(settings, where)
@@ -153,7 +153,8 @@ def check_recipe(
         )
 
 
-def _find(name: str) -> Path:
+def find_settings(name: str) -> Path:
+    """The file of a packaged setting or at a path that ends in .json; raises UserError where there is none."""
     if not name.endswith(".json"):
         if name in names():
             return PACKAGED / f"{name}.json"

@@ -194,15 +194,17 @@ class Guard:
                     f"({_doing(self.facts())} on {self.place.host}): its process ended, or the network is cut",
                     1,
                     _LATER,
+                    own=True,
                 )
             else:
                 member.tell(**self.facts())
 
-    def _leave(self, cause: str, status: int, grace: float = _GRACE) -> None:
-        """End this process soon, whatever its main thread waits for."""
+    def _leave(self, cause: str, status: int, grace: float = _GRACE, own: bool = False) -> None:
+        """End this process soon, whatever its main thread waits for; `own` is a cause that only this rank knows of."""
         if self._ending.wait(grace):
             return
-        self.say(cause)
+        # On the first machine it is rank 0 that was not heard of, so its neighbour speaks.
+        self.say(cause, 1 if own and self.place.rank == self.place.local_rank == 1 else 0)
         note_cause(cause, status)
         # Before their parent, which they would outlive for seconds.
         for worker in multiprocessing.active_children():
@@ -213,9 +215,9 @@ class Guard:
             self._hub.close(patience=_GRACE)
         os._exit(status)
 
-    def say(self, cause: str) -> None:
-        """Say once on each machine why the run ends."""
-        if not self._said and self.place.local_rank == 0:
+    def say(self, cause: str, speaker: int = 0) -> None:
+        """Say once on each machine, by the process `speaker` of it, why the run ends."""
+        if not self._said and self.place.local_rank == speaker:
             print(f"elsewhere: {cause}.", file=sys.stderr, flush=True)
         self._said = True
 

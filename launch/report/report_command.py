@@ -55,6 +55,8 @@ def run_report(arguments: argparse.Namespace) -> int:
     check_new(arguments.output, "-o", arguments.force)
     check_new(arguments.png, "--png", arguments.force)
     if arguments.png:
+        if arguments.png.suffix.lower() != ".png":
+            raise UserError(f"--png {arguments.png} does not end in .png, which is what is written; rename it.")
         if arguments.png.resolve() == arguments.output.resolve():
             raise UserError(f"-o and --png both name {arguments.png}: give the page and the figure a file each.")
         load_matplotlib()
@@ -62,6 +64,9 @@ def run_report(arguments: argparse.Namespace) -> int:
     names = arguments.names.split(",") if arguments.names else short_names(folders)
     if len(names) != len(folders) or not all(names):
         raise UserError(f"--names has {len(names)} names for {len(folders)} runs; give one for each, with commas.")
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice:
+        raise UserError(f"--names calls two runs {twice}; give each a name of its own.")
     runs = [read_run(folder, name, arguments.pictures) for folder, name in zip(folders, names, strict=True)]
     if arguments.over == "epoch":
         _have_epochs(runs)
