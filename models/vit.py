@@ -110,11 +110,11 @@ class LastBlock(Block):
 def encoder_flops(size: Size, tokens: int, relative: Relative | None = None) -> float:
     """Floating-point operations of a forward through the blocks for one sequence of `tokens`.
 
-    A contextual relative term costs as much as the product of queries and keys.
+    A contextual relative term multiplies every token by the columns of a table.
     """
     linear = 2 * tokens * size.width**2 * (4 + 2 * size.mlp_ratio)
-    terms = len(relative.terms) if relative and relative.mode == "contextual" else 0
-    return size.depth * (linear + (4 + 2 * terms) * tokens**2 * size.width)
+    columns = len(relative.terms) * relative.buckets(0) if relative and relative.mode == "contextual" else 0
+    return size.depth * (linear + (4 * tokens + 2 * columns) * tokens * size.width)
 
 
 def transformer_blocks(

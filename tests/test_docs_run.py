@@ -1,4 +1,4 @@
-"""Every command of README and docs is run, on small pictures and with a small model; others have a test of their own."""
+"""Every command of README and docs is run, on small pictures with a small model; the others have tests of their own."""
 
 import glob
 import os
