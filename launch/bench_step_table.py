@@ -60,6 +60,10 @@ def print_step_table(result: dict[str, Any]) -> None:
     rates = {row["precision"]: row["matrix_rate"] for _, row in measured}
     listed = ", ".join(f"{rate / 1e9:,.0f} GFLOP/s in {precision}" for precision, rate in rates.items())
     print(f"\nMFU: operations by the method's formula, of what a large matrix product reached in turn, {listed}.")
+    if any(row["mfu"] > 1 for _, row in measured):
+        print(
+            "Over 100 %: this machine multiplies large matrices more slowly in that precision than what a step takes."
+        )
     for name, row in measured:
         counted, formula = row["flops_counted"], row["flops_by_formula"]
         if abs(counted / formula - 1) > AGREE:

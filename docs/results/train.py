@@ -121,27 +121,48 @@ def train(data: str, runs: Path, seeds: int) -> None:
                     raise SystemExit(status)
 
 
+def against(name: str) -> list[str]:
+    """The rows that one is compared with, seed by seed."""
+    positions = "relative" if "relative" in name else "absolute"
+    if name.startswith("StoP"):
+        return ["I-JEPA"]
+    if name.startswith("AdPE"):
+        return [f"MAE+, {positions}"]
+    if name.startswith("MAE+"):
+        return ["MAE", f"not pre-trained, {positions}"]
+    return {"I-JEPA": ["not pre-trained"], "MAE": ["not pre-trained, absolute"]}.get(name, [])
+
+
+def difference(ours: dict[int, dict[str, float]], theirs: dict[int, dict[str, float]], figure: str) -> str:
+    """Mean and standard error over the seeds that both have; a star where a paired t-test has p < 0.05."""
+    from scipy.stats import t
+
+    pairs = [ours[seed][figure] - theirs[seed][figure] for seed in ours if seed in theirs]
+    if len(pairs) < 2:
+        return "-"
+    mean, error = statistics.mean(pairs), statistics.stdev(pairs) / len(pairs) ** 0.5
+    return f"{mean:+.2f} ± {error:.2f}" + " *" * bool(abs(mean) > t.ppf(0.975, len(pairs) - 1) * error)
+
+
 def table(runs: Path, seeds: int) -> str:
-    """Mean ± standard deviation over the seeds, and the paired difference to the family's first row."""
+    """Of each family a table of mean ± standard deviation over the seeds, and one of differences."""
     found: dict[tuple[str, str], dict[int, dict[str, float]]] = {}
     for family, name, _, _, seed, folder in rows(runs, seeds):
         reached = figures(folder)
         found.setdefault((family, name), {}).update({seed: reached} if reached else {})
     lines = []
     for family, (_, members) in FAMILIES.items():
-        first = found[family, members[0][0]]
-        lines += ["", f"| {family} | seeds | linear | k-NN | fine-tuned |", "|---|---|---|---|---|"]
+        means, pairs = [], []
         for name, *_ in members:
-            got, cells = found[family, name], []
-            for figure in FIGURES:
-                values = [one[figure] for one in got.values()]
-                cell = f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}" if len(values) > 1 else "-"
-                pairs = [got[seed][figure] - first[seed][figure] for seed in got if seed in first]
-                if got is not first and len(pairs) > 1:
-                    error = statistics.stdev(pairs) / len(pairs) ** 0.5
-                    cell += f" ({statistics.mean(pairs):+.2f} ± {error:.2f})"
-                cells.append(cell)
-            lines.append(f"| {name} | {len(got)} | {' | '.join(cells)} |")
+            got = found[family, name]
+            values = [[one[figure] for one in got.values()] for figure in FIGURES]
+            cells = [f"{statistics.mean(v):.2f} ± {statistics.stdev(v):.2f}" if len(v) > 1 else "-" for v in values]
+            means.append(f"| {name} | {len(got)} | {' | '.join(cells)} |")
+            for other in against(name):
+                cells = [difference(got, found[family, other], figure) for figure in FIGURES]
+                pairs.append(f"| {name} − {other} | {' | '.join(cells)} |")
+        lines += ["", f"| {family} | seeds | linear | k-NN | fine-tuned |", "|---|---|---|---|---|", *means]
+        lines += ["", "| difference | linear | k-NN | fine-tuned |", "|---|---|---|---|", *pairs]
     return "\n".join(lines)
 
 

@@ -87,7 +87,8 @@ def print_choices(tuned: Tuned) -> None:
     )
     print(
         f"\n{r['steps']:,} steps of {r['batch']} images, {total:.1f} of {r['gpu_memory'] / 1e9:g} GB a GPU, "
-        f"about {time} at an assumed MFU of {r['mfu']:.2f} (elsewhere plan says more)"
+        f"about {time} at an assumed MFU of {r['mfu']:.2f}, if reading images keeps up "
+        "(elsewhere plan and bench data say more)"
     )
     print("As in the recipe: noise and attack, shares that are masked, weight decay, augmentation not named above.")
 
