@@ -261,8 +261,13 @@ def _bench(arguments: argparse.Namespace) -> int:
         result = _measured(arguments)
     except DataError as error:
         raise UserError(str(error)) from error
-    write_json(arguments.json, result)
+    if _first_rank():
+        write_json(arguments.json, result)
     return 0
+
+
+def _first_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _measured(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -308,9 +313,8 @@ def _measured(arguments: argparse.Namespace) -> dict[str, Any]:
             arguments.recipe, arguments.overrides, arguments.engines, arguments.measure, arguments.batch,
             arguments.steps, arguments.turn,
         )  # fmt: skip
-        if os.environ.get("RANK", "0") != "0":
-            return 0
-        print_engines_tables(result)
+        if _first_rank():
+            print_engines_tables(result)
     elif arguments.part == "all":
         result = run_bench_all(arguments)
     else:
