@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from rich.console import Console
 
+from ..data.images import TorchDataset
 from ..data.loader import dead_worker
 from ..data.order import Plan
 from ..data.prefetch import OnDevice
@@ -169,7 +170,9 @@ def _train(
     def measure(step: int) -> dict[str, Any] | None:
         found = task.measure(config, parts, engine)
         if found is None:
-            if parts.val is not None and not isinstance(parts.train, Stream):
+            if isinstance(parts.train, TorchDataset) and parts.val is None:
+                monitor.say("No probe: there are no images to measure on; give a second data set as val_dataset.")
+            elif parts.val is not None and not isinstance(parts.train, Stream):
                 monitor.say("No probe: the images have no labels of two classes or more.")
         elif world.first:
             monitor.note(found, "probe")

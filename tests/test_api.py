@@ -41,6 +41,15 @@ def test_pretrain_takes_a_data_set_and_overrides(run, losses):
     assert len(losses(run.run)) == 8
 
 
+def test_without_images_to_measure_on_it_is_said_that_nothing_is_probed(tiny, capsys):
+    settings = {**tiny, "optim.batch_size": 16, "optim.epochs": 1, "probe.after": True}
+    del settings["data.path"]
+    assert elsewhere.pretrain("demo", dataset=Squares(), **settings).after is None
+    assert (
+        "No probe: there are no images to measure on; give a second data set as val_dataset." in capsys.readouterr().out
+    )
+
+
 @pytest.mark.parametrize("which", ["teacher", "student"])
 def test_load_gives_the_trained_encoder(which, run, tiny):
     encoder = elsewhere.load(run.run, which=which)
