@@ -40,8 +40,8 @@ PLACES = {
 RUNS = r"\b(?:runs|shared)/\w+|\bRUN\b|(?<![\w./-])(?:stop|pre)(?![\w./-])"
 ENCODER = {"model.size": "nano", "model.depth": 2, "model.image_size": 32, "model.patch_size": 8}
 SHORT = {
-    "optim.batch_size": 8, "optim.steps": 2, "optim.warmup_steps": 0, "loader.workers": 0, "probe.before": False,
-    "monitor.tensorboard": False, "engine.device": "cpu", "engine.compile": False,
+    "optim.batch_size": 8, "loader.micro_batch": 4, "optim.steps": 2, "optim.warmup_steps": 0, "loader.workers": 0,
+    "probe.before": False, "monitor.tensorboard": False, "engine.device": "cpu", "engine.compile": False,
 }  # fmt: skip
 SMALL = {
     "jepa": {
