@@ -10,11 +10,11 @@ import re
 import signal
 import statistics
 import tempfile
-import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from datetime import date
 from itertools import product
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -187,14 +187,12 @@ class _Case:
 @contextlib.contextmanager
 def _deaf() -> Iterator[None]:
     """Processes that start here do not hear Ctrl-C, which a terminal sends to them as well: we end, and they then."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    resource_tracker.ensure_running()  # which lets signals through again where it begins
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # not ignored: one that comes meanwhile counts
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _run(pipe: Connection, recipe: str, overrides: list[str], batch: int | None, real: bool) -> None:

@@ -1,6 +1,9 @@
 """What ends a run, and how the sentence names rank, machine and step."""
 
+import os
+import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -102,3 +105,15 @@ def test_who_does_not_come_to_the_start_is_named():
 @pytest.mark.parametrize(("numbers", "text"), [([3], "rank 3"), ([0, 1, 2, 7], "ranks 0-2, 7"), ([5, 4], "ranks 4-5")])
 def test_ranks_in_words(numbers, text):
     assert ranks(numbers) == text
+
+
+@pytest.mark.long
+def test_of_a_machine_whose_first_rank_is_frozen_the_second_one_says_why_it_leaves(tiny, start, wait_for_step):
+    launcher = start({**tiny, "engine.silence_seconds": 5, "optim.epochs": 1000, "monitor.log_every": 1}, ranks=2)
+    wait_for_step(launcher, tiny["run.dir"], 3)
+    started = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    (first,) = (pid for pid in started if b"\0RANK=0\0" in b"\0" + Path(f"/proc/{pid}/environ").read_bytes())
+    os.kill(int(first), signal.SIGSTOP)
+    said = launcher.communicate(timeout=120)[0]  # it kills what is frozen
+    assert launcher.returncode != 0
+    assert said.count("was not heard of for") == 1 and "its process ended, or the network is cut" in said
