@@ -68,7 +68,11 @@ def test_an_engine_that_is_not_there(refused):
 def test_an_interrupt_of_the_terminal_ends_without_a_traceback():
     """Ctrl-C reaches the measured processes as well, which have not yet imported what would catch it."""
     command = [sys.executable, "-m", "elsewhere.launch", "bench", "step", "demo", "--rounds", "1000"]
-    bench = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    bench = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        # What a shell starts in the background ignores interrupts, and so would all that these tests start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     while not (children := Path(f"/proc/{bench.pid}/task/{bench.pid}/children").read_text().split()):
         time.sleep(0.01)
     time.sleep(0.3)  # it imports
