@@ -74,6 +74,7 @@ def test_an_interrupt_of_the_terminal_ends_without_a_traceback():
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     while not (children := Path(f"/proc/{bench.pid}/task/{bench.pid}/children").read_text().split()):
+        assert bench.poll() is None, bench.communicate()[1]
         time.sleep(0.01)
     time.sleep(0.3)  # it imports
     os.killpg(bench.pid, signal.SIGINT)

@@ -1,4 +1,4 @@
-"""Every command of README and docs is run, on small pictures with a small model; the others have tests of their own."""
+"""The commands of README and docs run, on small pictures with a small model, but for those that other tests run."""
 
 import glob
 import os

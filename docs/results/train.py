@@ -33,7 +33,7 @@ ADVERSARY = ["method.adversary.base_lr=8e-3"]  # the model's, as in the recipes
 UNTRAINED = ["optim.steps=1", "optim.warmup_steps=0", "optim.start_lr=0", "optim.final_lr=0"]
 NO_BOUND = ["method.adversary.norm=none", "method.adversary.epsilon=null"]
 RELEASED = ["optim.schedule=mae_micro", "optim.decay_all=true", "data.remainder=drop", "loader.micro_batch=64"]
-# Of each family: what its rows share, then names, recipes and settings; the first row is what others are compared with.
+# Of each family: what its rows share, then names, recipes and settings.
 FAMILIES = {
     "I-JEPA and StoP": (PREDICTOR, [
         ("I-JEPA", "cifar10_ijepa", []),
@@ -69,14 +69,14 @@ FAMILIES = {
 FIGURES = ("linear", "knn", "tuned")
 
 
-def commands(recipe: str, settings: list[str], folder: Path, data: str, seed: int) -> dict[str, list[str]]:
-    """The commands of a row and a seed, by the file whose being there says that one is done."""
+def commands(recipe: str, settings: list[str], folder: Path, data: str, seed: int) -> list[list[str]]:
+    """The commands of a row and a seed; one that was done before goes on, or measures again, to the same end."""
     place, probed, tuned = f"data.path={data}", f"{folder}_probed", f"{folder}_tuned"
     first = ["pretrain", recipe, *PRETRAINING, *settings, place, f"seed={seed}", f"run.dir={folder}"]
     probe = ["probe", str(folder), *PROBE, place, "-o", probed]
     tune = ["finetune", "cifar10_finetune", f"init.from={folder}", *FINETUNING, place, f"seed={seed}"]
     tune.append(f"run.dir={tuned}")
-    return {f"{folder}/results.json": first, f"{probed}/results.json": probe, f"{tuned}/results.json": tune}
+    return [first, probe, tune]
 
 
 def rows(runs: Path, seeds: int):
@@ -111,9 +111,7 @@ def train(data: str, runs: Path, seeds: int) -> None:
                 continue
             if figures(folder):
                 continue
-            for done, command in commands(recipe, settings, folder, data, seed).items():
-                if Path(done).exists() and command[0] == "probe":
-                    continue
+            for command in commands(recipe, settings, folder, data, seed):
                 status = main(command)
                 if status == 3:  # diverged: it has no figures, and its row says so
                     break
@@ -177,7 +175,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.list:
         for _, _, recipe, settings, seed, folder in rows(given.runs, given.seeds):
-            for command in commands(recipe, settings, folder, given.data, seed).values():
+            for command in commands(recipe, settings, folder, given.data, seed):
                 print("elsewhere", shlex.join(command))
     elif given.table:
         print(table(given.runs, given.seeds))
